@@ -1,0 +1,1 @@
+"""The command line; imports no torch until it must."""

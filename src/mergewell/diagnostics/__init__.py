@@ -1,0 +1,1 @@
+"""Diagnostics: will these models merge? One question a file."""

@@ -1,0 +1,1 @@
+"""Engines: where blocks of work are carried out, within a budget of bytes."""

@@ -1,0 +1,1 @@
+"""The report: results read back, figures as SVG, one self-contained page."""
