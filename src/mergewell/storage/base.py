@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -57,7 +57,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, flat, in the stored dtype.
 
-        No copy where the file allows it; a change to the result never reaches the file.
+        No copy where the file allows it, so the result is for reading: a change in place would
+        be seen by later reads, though never by the file.
 
         Raises:
             CheckpointError: there is no such tensor, or its file changed since the opening.
@@ -109,7 +110,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.specs)
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

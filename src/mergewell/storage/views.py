@@ -73,8 +73,8 @@ class TaskVectorCheckpoint(Checkpoint):
         compute = torch.promote_types(spec.dtype, torch.float32)
         change = self._delta.read(key, start, stop).to(compute)
         if key.endswith(".q"):
-            change *= self._scales(key, start, stop).to(compute)
-        return change.add_(base.to(compute)).to(spec.dtype)
+            change = change * self._scales(key, start, stop).to(compute)
+        return (change + base.to(compute)).to(spec.dtype)
 
     def _scales(self, key: str, start: int, stop: int) -> Tensor:
         """Return the scale of every element in the block."""

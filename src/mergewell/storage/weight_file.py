@@ -58,7 +58,10 @@ class WeightFile(ABC):
 
 
 class SafetensorsFile(WeightFile):
-    """A safetensors file, read through a private memory map."""
+    """A safetensors file, read through a private memory map.
+
+    Who cuts the file short while it is read ends this process (SIGBUS), as with any map.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read and check the header.
@@ -196,7 +199,8 @@ class PickleFile(WeightFile):
             raise CheckpointError(
                 f"{self.path} holds a {type(found).__name__} and no mapping of tensors; {remedy}."
             )
-        inner: object = cast("Mapping[object, object]", found).get("state_dict", found)
+        outer = cast("Mapping[object, object]", found)
+        inner = outer.get("state_dict", outer)
         if not isinstance(inner, Mapping):
             raise CheckpointError(f"{self.path}: 'state_dict' is no mapping; {remedy}.")
         tensors: dict[str, Tensor] = {}

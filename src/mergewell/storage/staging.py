@@ -1,0 +1,144 @@
+"""Staging: the hidden folder beside an output in which it grows.
+
+`.NAME.mergewell/` lies in the output's own parent, hence on the same file system, where a rename
+is atomic. It holds `files/` (what will become the output), `done/` (a record for every finished
+shard), `key` (whose run this is) and `lock`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergewell.errors import CheckpointError, OutputError
+from mergewell.storage.durable import write_durably, writing
+from mergewell.storage.manifest import OutputFile
+from mergewell.storage.strict_json import read_object
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """The places in the hidden folder that belongs to the output `directory`."""
+
+    directory: Path
+    """The final name, absolute."""
+
+    @property
+    def root(self) -> Path:
+        """The hidden folder."""
+        return self.directory.with_name(f".{self.directory.name}.mergewell")
+
+    @property
+    def files(self) -> Path:
+        """The folder that will be renamed to the output."""
+        return self.root / "files"
+
+    @property
+    def done(self) -> Path:
+        """The folder of done records."""
+        return self.root / "done"
+
+    def join(self, key: str) -> None:
+        """Make the folders, or take part in the run that made them, if it has the same `key`.
+
+        Raises:
+            OutputError: another recipe's run is unfinished here, or the system refuses.
+        """
+        with writing(self.root):
+            self.files.mkdir(parents=True, exist_ok=True)
+            self.done.mkdir(exist_ok=True)
+            found = self._key()
+        if found is None:
+            write_durably(self.root / "key", key.encode())
+        elif found != key:
+            raise OutputError(
+                f"{self.root} holds an unfinished run of another recipe; "
+                "remove it, choose another output, or start without resuming."
+            )
+
+    def clear(self) -> None:
+        """Remove all but the lock.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with writing(self.root):
+            # The key goes first: folders without one are nobody's run.
+            (self.root / "key").unlink(missing_ok=True)
+            for folder in (self.done, self.files):
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+    def has_run(self) -> bool:
+        """Return True if a run left its key here."""
+        return self._key() is not None
+
+    def lock(self) -> int:
+        """Return a descriptor that keeps every other writer of this output out until closed.
+
+        Raises:
+            OutputError: another process is writing this output, or the system refuses.
+        """
+        path = self.root / "lock"
+        with writing(path):
+            while True:
+                self.root.mkdir(parents=True, exist_ok=True)
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                except FileNotFoundError:
+                    continue  # the one before us removed the folder just now
+                take_lock(descriptor, self.directory)
+                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+                os.close(descriptor)  # a lock on a file that was removed meanwhile locks nothing
+
+    def record(self, output: OutputFile, key: str) -> None:
+        """Note durably that a shard is finished; its bytes must be on the disk already.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        line = output.model_copy(update={"key": key}).model_dump_json()
+        write_durably(self._record_path(output.file), line.encode())
+
+    def forget(self, file: str) -> None:
+        """Take a shard's done record back, before its file is touched."""
+        self._record_path(file).unlink(missing_ok=True)
+
+    def recorded(self, file: str, key: str, size: int) -> OutputFile | None:
+        """Return a shard's done record if it fits this run and the file; None means do it again."""
+        try:
+            found = read_object(self._record_path(file), remedy="run again")
+            record = OutputFile(file=file, hash=found["hash"], bytes=found["bytes"])
+            length = (self.files / file).stat().st_size
+        except (CheckpointError, OSError, LookupError, ValueError):
+            return None
+        fits = found.get("key") == key and length == record.bytes == size
+        return record if fits else None
+
+    def _record_path(self, file: str) -> Path:
+        return self.done / f"{file}.json"
+
+    def _key(self) -> str | None:
+        try:
+            return (self.root / "key").read_text()
+        except FileNotFoundError:
+            return None
+
+
+def take_lock(descriptor: int, path: Path) -> None:
+    """Lock an open file, or close it and say that another process is writing `path`.
+
+    Raises:
+        OutputError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputError(
+            f"{path} is being written by another process; wait for it or choose another output."
+        ) from error
