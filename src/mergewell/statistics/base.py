@@ -47,9 +47,9 @@ class Statistic(Component, Generic[B]):
 class WeightStatistic(Component):
     """A statistic over tensor groups that the executor makes in one or more streaming passes.
 
-    Life: for each pass, `update` sees every block once, in any order, and the parts are summed key by key; then
-    `advance` closes the pass. After the last, `values` gives each tensor its value. Keys that
-    begin with "NAME:" belong to one tensor.
+    Life: in each pass `update` sees every block of the wanted tensors once, in any order, and the
+    parts are summed key by key; then `advance` closes the pass. After the last, `value` gives each
+    tensor what belongs to it. Keys that begin with "NAME:" belong to one tensor.
     """
 
     scope: Literal["tensor", "model"] = "tensor"
@@ -60,6 +60,11 @@ class WeightStatistic(Component):
     @abstractmethod
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return what this block adds in pass `index`; `done` is the state after earlier passes."""
+
+    def wanted(self, done: State, name: str, index: int) -> bool:
+        """Return whether the tensor `name` has to be read in pass `index`."""
+        del done, name
+        return index < self.passes
 
     def advance(self, done: State, summed: State, index: int) -> State:
         """Return the state after pass `index`, given the state before it and the joined updates."""
@@ -76,7 +81,7 @@ class WeightStatistic(Component):
         done: State = {}
         for index in range(self.passes):
             summed: State = {}
-            for group in held:
+            for group in (g for g in held if self.wanted(done, g.name, index)):
                 summed = joined(summed, self.update(done, group, index))
             done = self.advance(done, summed, index)
         return {group.name: self.value(done, group.name, group.whole_numel) for group in held}

@@ -1,0 +1,311 @@
+"""Plan: a recipe resolved against files. Reads headers only and raises every error they show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergewell.errors import PlanError
+from mergewell.methods.base import MergeMethod
+from mergewell.methods.keep import Keep
+from mergewell.recipe import Recipe, Rule
+from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
+from mergewell.storage.spec import TensorSpec
+from mergewell.storage.writer import ShardLayout
+from mergewell.tensor_group import CHUNK
+
+BLOCK = 2 * CHUNK
+"""Elements of a block: K + 1 of them in float32 and their temporaries stay in a core's cache."""
+
+_CONFIG_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTask:
+    """What one tensor of the result gets."""
+
+    spec: TensorSpec
+    """The tensor as it will be written."""
+
+    method: MergeMethod
+    coefficients: tuple[float, ...]
+
+    copied_from: int | None = None
+    """Copy this model's bytes: 0 is the reference, 1 the first expert; None merges."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.spec.name
+
+    @property
+    def treatment(self) -> str:
+        """What happens, in a word: the method's name or "copy"."""
+        return "copy" if self.copied_from is not None else self.method.component_name()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its opened checkpoints, one task a tensor, and the costs."""
+
+    recipe: Recipe
+    base: Checkpoint | None
+    experts: tuple[Checkpoint, ...]
+    tasks: Mapping[str, TensorTask]
+    layouts: tuple[ShardLayout, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint that says which tensors there are: the base, or the first expert."""
+        return self.base if self.base is not None else self.experts[0]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The reference and then the experts: 0, 1, 2 ... of `Keep` and `copied_from`."""
+        return (self.reference, *self.experts)
+
+    @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        """All checkpoints that are read."""
+        return ((self.base,) if self.base is not None else ()) + self.experts
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of tensors to write."""
+        return sum(task.spec.nbytes for task in self.tasks.values())
+
+    @property
+    def passes(self) -> int:
+        """How often the weights are read: once, and once for each pass of the statistics."""
+        return 1 + max(
+            (s.passes for task in self.tasks.values() for s in task.method.statistics()), default=0
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of tensors to read, all passes."""
+        total = 0
+        for task in self.tasks.values():
+            sizes = [_spec(model, task.name).nbytes for model in self.inputs]
+            if task.copied_from is not None:
+                total += sizes[0]
+            else:
+                total += sum(sizes) * (1 + sum(s.passes for s in task.method.statistics()))
+        return total
+
+    def peak_bytes(self, workers: int, block: int = BLOCK) -> int:
+        """Return an upper estimate of the memory that a run needs, beside torch itself."""
+        models = len(self.experts) + 2
+        largest = 0
+        for task in self.tasks.values():
+            granularity = task.method.needs.granularity
+            whole = granularity == "matrix" and task.copied_from is None
+            elements = task.spec.numel if whole else min(task.spec.numel, block)
+            if granularity == "row" and task.spec.shape:
+                row = task.spec.numel // max(1, task.spec.shape[0])
+                elements = max(elements, min(row, task.spec.numel))
+            largest = max(largest, elements)
+        return largest * 8 * 3 * models * workers + (64 << 20)
+
+    def as_data(self, workers: int) -> dict[str, Any]:
+        """Return the plan as plain data: the contract of `mergewell plan --json`."""
+        return {
+            "version": 1,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_bytes": self.peak_bytes(workers),
+            "passes": self.passes,
+            "tensors": [
+                {
+                    "name": task.name,
+                    "method": task.treatment,
+                    "shape": list(task.spec.shape),
+                    "dtype": str(task.spec.dtype).removeprefix("torch."),
+                    "coefficients": list(task.coefficients),
+                }
+                for task in self.tasks.values()
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe; reads headers, `config.json` and no tensor.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged.
+        PlanError: a recipe that does not fit its checkpoints.
+    """
+    base = open_checkpoint(recipe.base) if recipe.base is not None else None
+    experts = tuple(open_checkpoint(expert.path, base=base) for expert in recipe.experts)
+    reference = base if base is not None else experts[0]
+    warnings = [*_compare_configs(reference, experts), *_same_paths(recipe)]
+    used_rules: set[Rule] = set()
+    tasks: dict[str, TensorTask] = {}
+    for name in (name for shard in reference.shards for name in shard.names):
+        rule = recipe.rule_for(name)
+        if rule is not None:
+            used_rules.add(rule)
+            if rule.omit:
+                continue
+        tasks[name] = _task(recipe, rule, reference, base, experts, name)
+    for expert in experts:
+        extra = [
+            name
+            for name in expert.specs
+            if name not in reference.specs and name not in reference.aliases
+        ]
+        kept = [name for name in extra if not ((r := recipe.rule_for(name)) and r.omit)]
+        used_rules |= {rule for name in extra if (rule := recipe.rule_for(name))}
+        if kept:
+            raise PlanError(
+                f"{expert.path}: {_listed(kept)} not in {reference.path}; leave it out by a rule "
+                f"{{match: {kept[0]!r}, omit: true}}."
+            )
+    for rule in recipe.rules:
+        if rule not in used_rules:
+            raise PlanError(f"Rule {rule.match!r} matches no tensor; mend its pattern or drop it.")
+    if not tasks:
+        raise PlanError("The rules leave out every tensor; nothing would be written.")
+    return Plan(recipe, base, experts, tasks, _layouts(reference, tasks), tuple(warnings))
+
+
+def _task(
+    recipe: Recipe,
+    rule: Rule | None,
+    reference: Checkpoint,
+    base: Checkpoint | None,
+    experts: Sequence[Checkpoint],
+    name: str,
+) -> TensorTask:
+    spec = _spec(reference, name)
+    choice = rule.method if rule is not None and rule.method is not None else recipe.method
+    method = choice.build()
+    coefficients = recipe.coefficients_for(rule)
+    if isinstance(method, Keep):
+        return _kept(method, coefficients, (reference, *experts), name)
+    _check_needs(method, coefficients, base, experts)
+    for expert in experts:
+        other = _find(expert, name, reference)
+        if other.shape != spec.shape:
+            raise PlanError(
+                f"{expert.path}: {name} has shape {list(other.shape)}, but {list(spec.shape)} in "
+                f"{reference.path}; choose one by a rule {{match: {name!r}, method: {{name: keep, "
+                "model: 0}} or leave it out with omit: true."
+            )
+        if other.dtype.is_floating_point != spec.dtype.is_floating_point:
+            raise PlanError(
+                f"{expert.path}: {name} is {other.dtype}, but {spec.dtype} in {reference.path}; "
+                "convert one of them first."
+            )
+    if not spec.dtype.is_floating_point:
+        return TensorTask(spec, Keep(model=0), coefficients, copied_from=0)
+    dtype = spec.dtype if recipe.dtype is None else getattr(torch, recipe.dtype)
+    return TensorTask(TensorSpec(name, dtype, spec.shape), method, coefficients)
+
+
+def _kept(
+    method: Keep, coefficients: tuple[float, ...], models: Sequence[Checkpoint], name: str
+) -> TensorTask:
+    if method.model >= len(models):
+        raise PlanError(
+            f"{name}: keep asks for model {method.model}, but there are {len(models) - 1} experts."
+        )
+    spec = _find(models[method.model], name, models[0])
+    return TensorTask(spec, method, coefficients, copied_from=method.model)
+
+
+def _check_needs(
+    method: MergeMethod,
+    coefficients: tuple[float, ...],
+    base: Checkpoint | None,
+    experts: Sequence[Checkpoint],
+) -> None:
+    name = method.component_name()
+    if method.needs.base and base is None:
+        raise PlanError(f"{name} needs the base of the experts; name it with `base` or --base.")
+    if method.needs.experts is not None and method.needs.experts != len(experts):
+        raise PlanError(
+            f"{name} takes {method.needs.experts} experts, but {len(experts)} are named."
+        )
+    if objection := method.objection(coefficients):
+        raise PlanError(f"{name}: {objection}.")
+
+
+def _spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
+    return checkpoint.specs[checkpoint.aliases.get(name, name)]
+
+
+def _find(checkpoint: Checkpoint, name: str, reference: Checkpoint) -> TensorSpec:
+    kept = checkpoint.aliases.get(name, name)
+    if kept not in checkpoint.specs:
+        missing = [
+            n for n in reference.specs if checkpoint.aliases.get(n, n) not in checkpoint.specs
+        ]
+        raise PlanError(
+            f"{checkpoint.path}: {_listed(missing)} missing, but in {reference.path}; is it the same "
+            f"architecture? To keep the base's, add a rule {{match: {missing[0]!r}, "
+            "method: {name: keep, model: 0}}."
+        )
+    spec = checkpoint.specs[kept]
+    return TensorSpec(name, spec.dtype, spec.shape)
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    shown = ", ".join(islice(names, 2))
+    return f"{shown}{f' and {len(names) - 2} more' if len(names) > 2 else ''} are"
+
+
+def _layouts(reference: Checkpoint, tasks: Mapping[str, TensorTask]) -> tuple[ShardLayout, ...]:
+    """Return the files to write: as many as the reference has, tensors in its order."""
+    groups = [[tasks[n].spec for n in shard.names if n in tasks] for shard in reference.shards]
+    groups = [group for group in groups if group]
+    if len(groups) == 1:
+        return (ShardLayout("model.safetensors", tuple(groups[0])),)
+    return tuple(
+        ShardLayout(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    )
+
+
+def _compare_configs(reference: Checkpoint, experts: Sequence[Checkpoint]) -> list[str]:
+    """Return warnings about configurations; raise where they show another architecture."""
+    warnings: list[str] = []
+    ours = reference.config
+    for expert in experts:
+        theirs = expert.config
+        if ours is None or theirs is None:
+            continue
+        for key in _CONFIG_KEYS:
+            if key in ours and key in theirs and ours[key] != theirs[key]:
+                raise PlanError(
+                    f"{expert.path}: config.json says {key} = {theirs[key]!r}, but "
+                    f"{reference.path} says {ours[key]!r}; these are not of one base."
+                )
+        if ours.get("architectures") != theirs.get("architectures"):
+            warnings.append(
+                f"{expert.path}: architectures {theirs.get('architectures')} differ from "
+                f"{ours.get('architectures')} of {reference.path}."
+            )
+    return warnings
+
+
+def _same_paths(recipe: Recipe) -> list[str]:
+    seen: dict[Path, str] = {}
+    warnings: list[str] = []
+    for path in [*([recipe.base] if recipe.base else []), *(e.path for e in recipe.experts)]:
+        real = Path(path).resolve()
+        if real in seen:
+            warnings.append(f"{path} is named twice.")
+        seen[real] = path
+    return warnings

@@ -1,0 +1,259 @@
+"""Recipe: what is wanted, as data. YAML, flags and Python make the same object.
+
+```yaml
+base: path/to/base
+experts:
+- {path: path/to/mnist, coefficient: 1.0}
+- {path: path/to/svhn}
+method: {name: ties, density: 0.2}
+rules:                                  # the first match wins; the rest take `method`
+- {match: "*.bias", method: {name: average}}
+- {match: "classifier.*", omit: true}
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from mergewell.component import explain
+from mergewell.errors import RecipeError
+from mergewell.methods.base import METHODS, MergeMethod
+
+DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+_FROZEN = ConfigDict(
+    frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+)
+
+
+class MethodChoice(BaseModel):
+    """A method by its name; every other key is one of its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> MergeMethod:
+        """Return the method itself.
+
+        Raises:
+            RecipeError: an unknown method or parameter, or a value out of bounds.
+        """
+        return METHODS.build(self.name, self.model_extra or {})
+
+
+class Expert(BaseModel):
+    """One fine-tuned model."""
+
+    model_config = _FROZEN
+
+    path: str
+    """A folder or file of weights."""
+
+    coefficient: float = 1.0
+    """Scales the expert in the merge."""
+
+
+class Rule(BaseModel):
+    """What the tensors get whose names match a pattern."""
+
+    model_config = _FROZEN
+
+    match: Annotated[str, Field(min_length=1)]
+    """A pattern for tensor names: * is any text, ? one character, [ab] one of these."""
+
+    method: MethodChoice | None = None
+    """The method for these tensors; the recipe's own when absent."""
+
+    coefficients: tuple[float, ...] | None = None
+    """The experts' coefficients for these tensors; the experts' own when absent."""
+
+    omit: bool = False
+    """Leave these tensors out of the result."""
+
+
+class Recipe(BaseModel):
+    """What to merge and how: the only currency between YAML, flags, Python, learning and search."""
+
+    model_config = _FROZEN
+
+    version: Literal[1] = 1
+
+    base: str | None = None
+    """The model that all experts were fine-tuned from."""
+
+    experts: Annotated[tuple[Expert, ...], Field(min_length=1)]
+    """The experts, in order."""
+
+    method: MethodChoice = MethodChoice(name="average")
+    """The method for every tensor that no rule matches."""
+
+    rules: tuple[Rule, ...] = ()
+    """Exceptions by tensor name; the first match wins."""
+
+    seed: int = 0
+    """Seed of random methods."""
+
+    dtype: DtypeName | None = None
+    """Stored dtype of merged tensors; that of the base (or first expert) when absent."""
+
+    def rule_for(self, name: str) -> Rule | None:
+        """Return the first rule that matches a tensor's name."""
+        return next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
+
+    def coefficients_for(self, rule: Rule | None) -> tuple[float, ...]:
+        """Return the experts' coefficients under a rule."""
+        if rule is not None and rule.coefficients is not None:
+            return rule.coefficients
+        return tuple(expert.coefficient for expert in self.experts)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return plain data, without what was left at its default."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return {"version": 1, **data, "method": self.method.model_dump(mode="json")}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML."""
+        stream = StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = False
+        yaml.dump(self.as_data(), stream)
+        return stream.getvalue()
+
+    def digest(self) -> str:
+        """Return a short hash that is the same for equal recipes, defaults written out or not."""
+        data = self.model_dump(mode="json")
+        for part, choice in [
+            (data, self.method),
+            *((data["rules"][i], rule.method) for i, rule in enumerate(self.rules)),
+        ]:
+            if choice is not None:
+                part["method"] = {"name": choice.name, **choice.build().parameters()}
+        text = json.dumps(data, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Return the recipe that plain data describe.
+
+    Raises:
+        RecipeError: an unknown key, a wrong value, no expert; says `where`.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, where)) from error
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    for rule in recipe.rules:
+        if rule.coefficients is not None and len(rule.coefficients) != len(recipe.experts):
+            raise RecipeError(
+                f"{where}: rule {rule.match!r} has {len(rule.coefficients)} coefficients for "
+                f"{len(recipe.experts)} experts; give one for each."
+            )
+    return recipe
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if place == "experts" and first["type"] in ("missing", "too_short"):
+        return f"{where}: no expert is named; name at least one under `experts` or with --expert."
+    return explain(error, Recipe, where)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe in a YAML file; relative paths in it are relative to the file.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a recipe.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot read the recipe ({error}); check the path.") from error
+    try:
+        data = YAML(typ="safe").load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        where = str(error).replace("\n", " ")[:200]
+        raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
+    recipe = make_recipe(data, where=str(file))
+    return recipe.model_copy(
+        update={
+            "base": _beside(file, recipe.base) if recipe.base is not None else None,
+            "experts": tuple(
+                expert.model_copy(update={"path": _beside(file, expert.path)})
+                for expert in recipe.experts
+            ),
+        }
+    )
+
+
+def _beside(recipe_file: Path, path: str) -> str:
+    """Return a path as seen from here, if it was meant relative to the recipe's folder."""
+    there = recipe_file.parent / path
+    return str(there) if not Path(path).is_absolute() and there.exists() else path
+
+
+def recipe_from_flags(
+    *,
+    base: str | None,
+    experts: Sequence[str],
+    method: str,
+    settings: Sequence[str],
+    seed: int = 0,
+    dtype: str | None = None,
+) -> Recipe:
+    """Return the recipe that flags describe: `--expert PATH[:coefficient]`, `--set key=value`.
+
+    Raises:
+        RecipeError: a flag that cannot be read, or any error of `make_recipe`.
+    """
+    parameters: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {setting}: write it as key=value, such as density=0.2.")
+        try:
+            parameters[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
+    data: dict[str, Any] = {
+        "experts": [_expert_flag(text) for text in experts],
+        "method": {"name": method, **parameters},
+        "seed": seed,
+    }
+    if base is not None:
+        data["base"] = base
+    if dtype is not None:
+        data["dtype"] = dtype
+    return make_recipe(data, where="flags")
+
+
+def _expert_flag(text: str) -> dict[str, Any]:
+    path, colon, last = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return {"path": path, "coefficient": float(last)}
+        except ValueError:
+            pass
+    return {"path": text}

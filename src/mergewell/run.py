@@ -1,0 +1,348 @@
+"""Run: carry out a plan. Statistics passes, then the merge, block by block, then the commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import mergewell
+from mergewell.engines.base import Engine, make_engine
+from mergewell.errors import CheckpointError, MethodError, PlanError
+from mergewell.plan import BLOCK, Plan, TensorTask
+from mergewell.statistics.base import State, WeightStatistic, joined
+from mergewell.storage.checkpoint import Checkpoint
+from mergewell.storage.manifest import InputRecord, Manifest, hash_file
+from mergewell.storage.writer import CheckpointWriter
+from mergewell.tensor_group import TensorGroup, Value
+
+Values = Mapping[WeightStatistic, Value]
+OnProgress = Callable[[int], None]
+"""Called with the bytes of result just written."""
+
+_BATCH = 1 << 24
+"""Elements of the tensors whose statistics are made before they are merged together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements [start, stop) of one task's tensor, flattened."""
+
+    task: TensorTask
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A block of the result, in its stored dtype, flat, and whether it differs from the base."""
+
+    block: Block
+    tensor: Tensor
+    changed: bool
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    resume: bool = False,
+    block: int = BLOCK,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Carry out a plan: the complete folder `out` appears, or nothing does.
+
+    Raises:
+        OutputError: `out` exists, or cannot hold the result.
+        CheckpointError: NaN, Inf or unequal integers in the inputs.
+        MethodError: a method broke its promise.
+    """
+    began = time.perf_counter()
+    engine = make_engine(workers if workers is not None else os.cpu_count() or 1)
+    _check_copies(plan)
+    metadata = {"format": "pt", "mergewell.recipe": plan.recipe.to_yaml()}
+    changed: set[str] = set()
+    with (
+        _one_thread_a_worker(),
+        CheckpointWriter(
+            Path(out), plan.layouts, metadata=metadata, key=_key(plan), resume=resume
+        ) as writer,
+    ):
+        values = _model_statistics(plan, engine, block)
+        for layout in writer.pending:
+            tasks = [plan.tasks[spec.name] for spec in layout.specs]
+            for merged in _merge(plan, engine, tasks, values, block):
+                writer.write(merged.block.task.name, merged.block.start, merged.tensor)
+                if merged.changed:
+                    changed.add(merged.block.task.name)
+                if on_progress is not None:
+                    on_progress(merged.tensor.nbytes)
+            writer.finish(layout.file)
+        if not changed and len(writer.pending) == len(plan.layouts):
+            raise PlanError(
+                "The result equals the base in every tensor; check the coefficients, the density "
+                "and that the experts are not the base itself."
+            )
+        for file in plan.reference.side_files:
+            writer.add_file(file.name, file.read_bytes())
+        manifest = Manifest(
+            recipe=plan.recipe.as_data(),
+            inputs=_input_records(plan, engine),
+            outputs=writer.records,
+            tensors=len(plan.tasks),
+            tensors_changed=len(changed),
+            seed=plan.recipe.seed,
+            versions={
+                "mergewell": mergewell.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        writer.commit(manifest)
+    return manifest
+
+
+def merge_tensors(plan: Plan, *, block: int = BLOCK) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, merged tensor) for each task: the same merge held in memory, for evaluation."""
+    engine = make_engine(os.cpu_count() or 1)
+    _check_copies(plan)
+    with _one_thread_a_worker():
+        values = _model_statistics(plan, engine, block)
+        tasks = list(plan.tasks.values())
+        results = _merge(plan, engine, tasks, values, block)
+        for name, parts in groupby(results, key=lambda merged: merged.block.task.name):
+            flat = torch.cat([part.tensor for part in parts])
+            yield name, flat.view(plan.tasks[name].spec.shape)
+
+
+def blocks_of(task: TensorTask, block: int) -> list[Block]:
+    """Return the blocks of one tensor: cut by elements, by whole rows, or not at all."""
+    numel = task.spec.numel
+    size = block
+    if task.copied_from is None and task.method.needs.granularity != "element":
+        size = max(1, numel)
+        if task.method.needs.granularity == "row" and len(task.spec.shape) > 1:
+            row = max(1, numel // task.spec.shape[0])
+            size = max(1, block // row) * row
+    return [Block(task, s, min(s + size, numel)) for s in range(0, numel, size)] or [
+        Block(task, 0, 0)
+    ]
+
+
+def _merge(
+    plan: Plan,
+    engine: Engine,
+    tasks: Sequence[TensorTask],
+    model_values: dict[str, Values],
+    block: int,
+) -> Iterator[Merged]:
+    for batch in _batches(tasks):
+        values = _tensor_statistics(plan, engine, batch, block)
+        blocks = [part for task in batch for part in blocks_of(task, block)]
+
+        def merge(part: Block, values: dict[str, Values] = values) -> Merged:
+            name = part.task.name
+            return _merge_block(plan, part, {**model_values.get(name, {}), **values.get(name, {})})
+
+        yield from engine.imap(merge, blocks)
+
+
+def _batches(tasks: Sequence[TensorTask]) -> Iterator[list[TensorTask]]:
+    batch: list[TensorTask] = []
+    elements = 0
+    for task in tasks:
+        if batch and elements + task.spec.numel > _BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append(task)
+        elements += task.spec.numel
+    if batch:
+        yield batch
+
+
+def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
+    task = block.task
+    reference = plan.reference
+    name = reference.aliases.get(task.name, task.name)
+    if task.copied_from is not None:
+        model = plan.models[task.copied_from]
+        tensor = _read(model, task.name, block)
+        same = task.copied_from == 0 or (
+            reference.specs[name].shape == task.spec.shape
+            and torch.equal(tensor, _read(reference, task.name, block))
+        )
+        return Merged(block, tensor, not same)
+    group = _group(plan, block, values)
+    result = task.method.merge(group)
+    if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
+        raise MethodError(
+            f"{task.treatment} gave {result.dtype} {list(result.shape)} for {task.name}, but "
+            f"{group.experts[0].dtype} {list(group.experts[0].shape)} was due."
+        )
+    stored = result.to(task.spec.dtype).flatten()
+    if not bool(torch.isfinite(stored).all()):
+        _explain_not_finite(plan, block, result)
+    original = _read(reference, task.name, block)
+    changed = original.dtype != stored.dtype or not torch.equal(stored, original)
+    return Merged(block, stored, changed)
+
+
+def _group(plan: Plan, block: Block, values: Values) -> TensorGroup:
+    task = block.task
+    dtype = compute_dtype([model.specs[_kept(model, task.name)].dtype for model in plan.inputs])
+    shape = (-1,)
+    if task.method.needs.granularity != "element" and task.spec.shape:
+        shape = (-1, *task.spec.shape[1:])
+
+    def read(model: Checkpoint) -> Tensor:
+        return _read(model, task.name, block).to(dtype).view(shape)
+
+    return TensorGroup(
+        name=task.name,
+        experts=tuple(read(expert) for expert in plan.experts),
+        coefficients=torch.tensor(task.coefficients, dtype=dtype),
+        base=read(plan.base) if plan.base is not None else None,
+        seed=plan.recipe.seed,
+        offset=block.start,
+        numel=task.spec.numel,
+        statistics=values,
+    )
+
+
+def compute_dtype(stored: Sequence[torch.dtype]) -> torch.dtype:
+    """Return the dtype to compute in: one step wider than the widest stored one."""
+    wide = any(dtype in (torch.float32, torch.float64) for dtype in stored)
+    return torch.float64 if wide else torch.float32
+
+
+def _kept(model: Checkpoint, name: str) -> str:
+    return model.aliases.get(name, name)
+
+
+def _read(model: Checkpoint, name: str, block: Block) -> Tensor:
+    return model.read(_kept(model, name), block.start, block.stop)
+
+
+def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Values]:
+    """Make the statistics whose scope is the whole model, each over the tensors that need it."""
+    users: dict[WeightStatistic, list[TensorTask]] = {}
+    for task in plan.tasks.values():
+        if task.copied_from is None:
+            for statistic in task.method.statistics():
+                if statistic.scope == "model":
+                    users.setdefault(statistic, []).append(task)
+    return _measure(plan, engine, users, block)
+
+
+def _tensor_statistics(
+    plan: Plan, engine: Engine, tasks: Sequence[TensorTask], block: int
+) -> dict[str, Values]:
+    """Make the statistics of single tensors; those of one block are made as they are merged."""
+    users: dict[WeightStatistic, list[TensorTask]] = {}
+    for task in tasks:
+        if task.copied_from is None and len(blocks_of(task, block)) > 1:
+            for statistic in task.method.statistics():
+                if statistic.scope == "tensor":
+                    users.setdefault(statistic, []).append(task)
+    return _measure(plan, engine, users, block)
+
+
+def _measure(
+    plan: Plan,
+    engine: Engine,
+    users: Mapping[WeightStatistic, Sequence[TensorTask]],
+    block: int,
+) -> dict[str, Values]:
+    values: dict[str, dict[WeightStatistic, Value]] = {}
+    for statistic, tasks in users.items():
+        done: State = {}
+        for index in range(statistic.passes):
+            wanted = [task for task in tasks if statistic.wanted(done, task.name, index)]
+            blocks = [part for task in wanted for part in blocks_of(task, block)]
+
+            def update(part: Block, index: int = index, done: State = done) -> State:
+                return statistic.update(done, _group(plan, part, {}), index)  # noqa: B023
+
+            summed: dict[str, Tensor] = {}
+            for state in engine.imap(update, blocks):
+                summed = joined(summed, state)
+            done = statistic.advance(done, summed, index)
+        for task in tasks:
+            values.setdefault(task.name, {})[statistic] = statistic.value(
+                done, task.name, task.spec.numel
+            )
+    return dict(values)
+
+
+def _check_copies(plan: Plan) -> None:
+    """Refuse integer tensors that differ between the models: no method can merge them."""
+    for task in plan.tasks.values():
+        if task.copied_from != 0 or task.spec.dtype.is_floating_point:
+            continue
+        whole = Block(task, 0, task.spec.numel)
+        for expert in plan.experts:
+            if _kept(expert, task.name) not in expert.specs:
+                continue
+            if not torch.equal(
+                _read(plan.reference, task.name, whole), _read(expert, task.name, whole)
+            ):
+                if plan.recipe.rule_for(task.name) is not None:
+                    continue
+                raise CheckpointError(
+                    f"{expert.path}: the integers of {task.name} differ from those of "
+                    f"{plan.reference.path}; choose by a rule {{match: {task.name!r}, method: "
+                    "{name: keep, model: 0}}."
+                )
+
+
+def _explain_not_finite(plan: Plan, block: Block, result: Tensor) -> None:
+    name = block.task.name
+    for model in plan.inputs:
+        bad = int((~torch.isfinite(_read(model, name, block).to(torch.float64))).sum())
+        if bad:
+            raise CheckpointError(
+                f"{model.path}: {name} holds {bad} NaN or Inf values in elements {block.start} to "
+                f"{block.stop}; repair the file, or keep another model's tensor by a rule."
+            )
+    if bool(torch.isfinite(result).all()):
+        raise PlanError(
+            f"{name}: the merged values overflow {block.task.spec.dtype}; set dtype: bfloat16 or "
+            "float32, or lower the coefficients."
+        )
+    raise MethodError(f"{block.task.treatment} gave NaN or Inf for {name} from finite inputs.")
+
+
+def _key(plan: Plan) -> str:
+    """Return what a partial run must share to be resumed: recipe and unchanged input files."""
+    stats = [file.stat() for model in plan.inputs for file in model.files]
+    return "-".join([plan.recipe.digest(), *(f"{s.st_size}.{s.st_mtime_ns}" for s in stats)])
+
+
+def _input_records(plan: Plan, engine: Engine) -> tuple[InputRecord, ...]:
+    files = sorted({file for model in plan.inputs for file in model.files})
+
+    def record(file: Path) -> InputRecord:
+        return InputRecord(path=str(file), hash=hash_file(file), bytes=file.stat().st_size)
+
+    return tuple(engine.imap(record, files))
+
+
+@contextmanager
+def _one_thread_a_worker() -> Iterator[None]:
+    """Keep torch from starting threads inside a worker, so that sums stay in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
