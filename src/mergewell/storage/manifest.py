@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergewell.errors import CheckpointError
 from mergewell.storage.strict_json import read_object
@@ -69,7 +69,9 @@ class InputFile(_Contract):
 class OutputFile(_Contract):
     """A file of the merged folder."""
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[^/\\\\]+$")]
+    """Name in the folder: a manifest cannot point outside it."""
+
     hash: str
     bytes: int
 

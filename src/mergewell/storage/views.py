@@ -51,7 +51,12 @@ class TaskVectorCheckpoint(Checkpoint):
         self.config, self.side_files = base.config, base.side_files
         self._keys: dict[str, str] = {}
         for key in delta:
-            if not key.endswith(".s"):
+            if key.endswith(".s"):
+                if f"{key[:-2]}.q" not in delta:
+                    raise CheckpointError(
+                        f"{delta.path}: {key!r} scales nothing; write the file again."
+                    )
+            else:
                 name = self._checked_name(key)
                 if name in self._keys:
                     raise CheckpointError(
@@ -69,12 +74,13 @@ class TaskVectorCheckpoint(Checkpoint):
         key = self._keys.get(spec.name)
         if key is None or start == stop:
             return base
-        # float32 (float64 for a float64 base) whatever the block, so blocks join bit for bit.
-        compute = torch.promote_types(spec.dtype, torch.float32)
-        change = self._delta.read(key, start, stop).to(compute)
+        # Element by element in float32 (the sum in float64 for a float64 base), so that blocks
+        # join bit for bit wherever they are cut.
+        change = self._delta.read(key, start, stop).float()
         if key.endswith(".q"):
-            change = change * self._scales(key, start, stop).to(compute)
-        return (change + base.to(compute)).to(spec.dtype)
+            change = change * self._scales(key, start, stop)
+        compute = torch.promote_types(spec.dtype, torch.float32)
+        return (base.to(compute) + change.to(compute)).to(spec.dtype)
 
     def _scales(self, key: str, start: int, stop: int) -> Tensor:
         """Return the scale of every element in the block."""
