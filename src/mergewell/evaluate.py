@@ -278,8 +278,8 @@ def kl_divergence(logs: Tensor, other: Tensor) -> Tensor:
 
 
 def _outputs(module: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
-    """Yield the outputs of a module in eval mode, batch by batch; its mode is restored."""
-    was_training = module.training
+    """Yield the outputs of a module in eval mode; the mode of each of its parts is restored."""
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         for batch in batches:
@@ -287,7 +287,8 @@ def _outputs(module: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
                 output = run_batch(module, batch).cpu()
             yield output
     finally:
-        module.train(was_training)
+        for part in training:
+            part.training = True
 
 
 def _joined(outputs: Sequence[Tensor], task: EvaluationTask, model: str) -> Tensor:

@@ -1,0 +1,35 @@
+"""Suite: what a demo runs on, the same shape for images and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mergewell.evaluate import EvaluationTask
+from mergewell.models.ensemble import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A base, its experts as files, and the inputs to judge and to measure them on."""
+
+    name: str
+    """What the report calls it."""
+
+    base: Path
+    """The base checkpoint."""
+
+    factory: Callable[[], nn.Module]
+    """Makes the module, in eval mode, that takes the checkpoint's tensors by their names."""
+
+    experts: Mapping[str, Path]
+    """A task-vector file for each expert by name, in the order of the tasks."""
+
+    tasks: tuple[EvaluationTask, ...]
+    """The tasks to evaluate on; each names its own expert."""
+
+    calibration: tuple[Batch, ...]
+    """Unlabelled batches of all tasks, free of padding, for M-Loss."""
