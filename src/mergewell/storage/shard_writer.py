@@ -90,9 +90,11 @@ class ShardWriter:
         """Make the file and then its done record durable; return the record.
 
         Raises:
-            MergewellError: some elements were not written.
+            MergewellError: some elements were not written, or the file was closed.
             OutputError: the system refuses; the shard must then be begun anew.
         """
+        if self._descriptor < 0:
+            raise MergewellError(f"{self.path} was closed; begin it anew.")
         position = self._hash.position
         if position != self._header.size:
             raise MergewellError(f"{self.path}: tensor {self._tensor_at(position)} is incomplete.")

@@ -121,7 +121,8 @@ class CheckpointWriter:
             MergewellError: the name is taken or is not that of a file.
             OutputError: the system refuses.
         """
-        if name in {*self._layouts, *self._others, MANIFEST} or Path(name).name != name:
+        taken = name in {*self._layouts, *self._others, MANIFEST}
+        if taken or not name or Path(name).name != name:
             raise MergewellError(f"{name!r} cannot be added to {self.directory}.")
         with writing(self._staging.files / name):
             write_synced(self._staging.files / name, content)
@@ -156,8 +157,10 @@ class CheckpointWriter:
             write_synced(files / MANIFEST, text.encode())
             sync_folder(files)
             os.rename(files, self.directory)  # noqa: PTH104 - injected failures patch `os`
-            self._release(remove=True)
-            sync_folder(self.directory.parent)
+            try:
+                sync_folder(self.directory.parent)
+            finally:
+                self._release(remove=True)  # the output is complete whatever became of the wait
         return complete
 
     def abort(self, *, keep: bool) -> None:
