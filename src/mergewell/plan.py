@@ -94,7 +94,7 @@ class Plan:
         """Bytes of tensors to read, all passes."""
         total = 0
         for task in self.tasks.values():
-            sizes = [_spec(model, task.name).nbytes for model in self.inputs]
+            sizes = [model.spec(task.name).nbytes for model in self.inputs]
             if task.copied_from is not None:
                 total += sizes[0]
             else:
@@ -148,23 +148,19 @@ def make_plan(recipe: Recipe) -> Plan:
     experts = tuple(open_checkpoint(expert.path, base=base) for expert in recipe.experts)
     reference = base if base is not None else experts[0]
     warnings = [*_compare_configs(reference, experts), *_same_paths(recipe)]
-    used_rules: set[Rule] = set()
+    used_rules: list[Rule] = []
     tasks: dict[str, TensorTask] = {}
     for name in (name for shard in reference.shards for name in shard.names):
         rule = recipe.rule_for(name)
         if rule is not None:
-            used_rules.add(rule)
+            used_rules.append(rule)
             if rule.omit:
                 continue
         tasks[name] = _task(recipe, rule, reference, base, experts, name)
     for expert in experts:
-        extra = [
-            name
-            for name in expert.specs
-            if name not in reference.specs and name not in reference.aliases
-        ]
+        extra = [name for name in expert if name not in reference]
         kept = [name for name in extra if not ((r := recipe.rule_for(name)) and r.omit)]
-        used_rules |= {rule for name in extra if (rule := recipe.rule_for(name))}
+        used_rules += [rule for name in extra if (rule := recipe.rule_for(name))]
         if kept:
             raise PlanError(
                 f"{expert.path}: {_listed(kept)} not in {reference.path}; leave it out by a rule "
@@ -186,7 +182,7 @@ def _task(
     experts: Sequence[Checkpoint],
     name: str,
 ) -> TensorTask:
-    spec = _spec(reference, name)
+    spec = reference.spec(name)
     choice = rule.method if rule is not None and rule.method is not None else recipe.method
     method = choice.build()
     coefficients = recipe.coefficients_for(rule)
@@ -240,22 +236,15 @@ def _check_needs(
         raise PlanError(f"{name}: {objection}.")
 
 
-def _spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
-    return checkpoint.specs[checkpoint.aliases.get(name, name)]
-
-
 def _find(checkpoint: Checkpoint, name: str, reference: Checkpoint) -> TensorSpec:
-    kept = checkpoint.aliases.get(name, name)
-    if kept not in checkpoint.specs:
-        missing = [
-            n for n in reference.specs if checkpoint.aliases.get(n, n) not in checkpoint.specs
-        ]
+    if name not in checkpoint:
+        missing = [n for n in reference if n not in checkpoint]
         raise PlanError(
-            f"{checkpoint.path}: {_listed(missing)} missing, but in {reference.path}; is it the same "
-            f"architecture? To keep the base's, add a rule {{match: {missing[0]!r}, "
+            f"{checkpoint.path}: {_listed(missing)} missing, but in {reference.path}; is it of the "
+            f"same architecture? To keep the base's, add a rule {{match: {missing[0]!r}, "
             "method: {name: keep, model: 0}}."
         )
-    spec = checkpoint.specs[kept]
+    spec = checkpoint.spec(name)
     return TensorSpec(name, spec.dtype, spec.shape)
 
 

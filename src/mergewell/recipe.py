@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -196,7 +196,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
-    recipe = make_recipe(data, where=str(file))
+    recipe = make_recipe(cast("dict[str, Any]", data), where=str(file))
     return recipe.model_copy(
         update={
             "base": _beside(file, recipe.base) if recipe.base is not None else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,8 +19,8 @@ from mergewell.engines.base import Engine, make_engine
 from mergewell.errors import CheckpointError, MethodError, PlanError
 from mergewell.plan import BLOCK, Plan, TensorTask
 from mergewell.statistics.base import State, WeightStatistic, joined
-from mergewell.storage.checkpoint import Checkpoint
-from mergewell.storage.manifest import InputRecord, Manifest, hash_file
+from mergewell.storage.base import Checkpoint
+from mergewell.storage.manifest import InputFile, Manifest, hash_file
 from mergewell.storage.writer import CheckpointWriter
 from mergewell.tensor_group import TensorGroup, Value
 
@@ -94,22 +94,21 @@ def run(
             )
         for file in plan.reference.side_files:
             writer.add_file(file.name, file.read_bytes())
-        manifest = Manifest(
-            recipe=plan.recipe.as_data(),
-            inputs=_input_records(plan, engine),
-            outputs=writer.records,
-            tensors=len(plan.tasks),
-            tensors_changed=len(changed),
-            seed=plan.recipe.seed,
-            versions={
-                "mergewell": mergewell.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            seconds=round(time.perf_counter() - began, 3),
+        return writer.commit(
+            {
+                "recipe": plan.recipe.as_data(),
+                "inputs": _input_files(plan, engine),
+                "tensors": len(plan.tasks),
+                "tensors_changed": len(changed),
+                "seed": plan.recipe.seed,
+                "versions": {
+                    "mergewell": mergewell.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "seconds": round(time.perf_counter() - began, 3),
+            }
         )
-        writer.commit(manifest)
-    return manifest
 
 
 def merge_tensors(plan: Plan, *, block: int = BLOCK) -> Iterator[tuple[str, Tensor]]:
@@ -123,6 +122,25 @@ def merge_tensors(plan: Plan, *, block: int = BLOCK) -> Iterator[tuple[str, Tens
         for name, parts in groupby(results, key=lambda merged: merged.block.task.name):
             flat = torch.cat([part.tensor for part in parts])
             yield name, flat.view(plan.tasks[name].spec.shape)
+
+
+def measure_weights(
+    plan: Plan,
+    statistics: Sequence[WeightStatistic],
+    *,
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Values]:
+    """Return statistics of every floating tensor that the models share, by tensor name."""
+    engine = make_engine(workers if workers is not None else os.cpu_count() or 1)
+    tasks = [task for task in plan.tasks.values() if task.copied_from is None]
+    values: dict[str, Values] = {}
+    with _one_thread_a_worker():
+        for batch in _batches(tasks):
+            values |= _measure(plan, engine, dict.fromkeys(statistics, batch), BLOCK)
+            if on_progress is not None:
+                on_progress(sum(task.spec.nbytes for task in batch))
+    return values
 
 
 def blocks_of(task: TensorTask, block: int) -> list[Block]:
@@ -173,12 +191,11 @@ def _batches(tasks: Sequence[TensorTask]) -> Iterator[list[TensorTask]]:
 def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     task = block.task
     reference = plan.reference
-    name = reference.aliases.get(task.name, task.name)
     if task.copied_from is not None:
         model = plan.models[task.copied_from]
         tensor = _read(model, task.name, block)
         same = task.copied_from == 0 or (
-            reference.specs[name].shape == task.spec.shape
+            reference.spec(task.name).shape == task.spec.shape
             and torch.equal(tensor, _read(reference, task.name, block))
         )
         return Merged(block, tensor, not same)
@@ -199,7 +216,7 @@ def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
 
 def _group(plan: Plan, block: Block, values: Values) -> TensorGroup:
     task = block.task
-    dtype = compute_dtype([model.specs[_kept(model, task.name)].dtype for model in plan.inputs])
+    dtype = compute_dtype([model.spec(task.name).dtype for model in plan.inputs])
     shape = (-1,)
     if task.method.needs.granularity != "element" and task.spec.shape:
         shape = (-1, *task.spec.shape[1:])
@@ -225,12 +242,8 @@ def compute_dtype(stored: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _kept(model: Checkpoint, name: str) -> str:
-    return model.aliases.get(name, name)
-
-
 def _read(model: Checkpoint, name: str, block: Block) -> Tensor:
-    return model.read(_kept(model, name), block.start, block.stop)
+    return model.read(name, block.start, block.stop)
 
 
 def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Values]:
@@ -291,7 +304,7 @@ def _check_copies(plan: Plan) -> None:
             continue
         whole = Block(task, 0, task.spec.numel)
         for expert in plan.experts:
-            if _kept(expert, task.name) not in expert.specs:
+            if task.name not in expert:
                 continue
             if not torch.equal(
                 _read(plan.reference, task.name, whole), _read(expert, task.name, whole)
@@ -328,17 +341,17 @@ def _key(plan: Plan) -> str:
     return "-".join([plan.recipe.digest(), *(f"{s.st_size}.{s.st_mtime_ns}" for s in stats)])
 
 
-def _input_records(plan: Plan, engine: Engine) -> tuple[InputRecord, ...]:
+def _input_files(plan: Plan, engine: Engine) -> tuple[InputFile, ...]:
     files = sorted({file for model in plan.inputs for file in model.files})
 
-    def record(file: Path) -> InputRecord:
-        return InputRecord(path=str(file), hash=hash_file(file), bytes=file.stat().st_size)
+    def record(file: Path) -> InputFile:
+        return InputFile(path=str(file), hash=hash_file(file), bytes=file.stat().st_size)
 
     return tuple(engine.imap(record, files))
 
 
 @contextmanager
-def _one_thread_a_worker() -> Iterator[None]:
+def _one_thread_a_worker() -> Generator[None]:
     """Keep torch from starting threads inside a worker, so that sums stay in one order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -50,6 +50,9 @@ class Evidence:
     layers: Sequence[LayerLoss] = ()
     """M-Loss by layer; empty without data."""
 
+    output_gap: float | None = None
+    """Gap between merged and ensembled outputs, a fraction; None without data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -84,4 +87,4 @@ DIAGNOSTICS: Family[Diagnostic] = Family("mergewell.diagnostics", Diagnostic, "d
 
 def level_of(value: float, *, good: float, poor: float) -> Level:
     """Return the level of a number that is better when it is smaller."""
-    return "good" if value <= good else "fair" if value <= poor else "poor"
+    return "good" if value < good else "fair" if value < poor else "poor"

@@ -6,7 +6,8 @@ from statistics import median
 
 from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, Level, level_of
 
-_GOOD, _POOR = 0.05, 0.2
+FAIR, POOR = 0.05, 0.2
+"""Relative M-Loss from which a layer is called fair, and poor; reading aids, not fitted."""
 
 
 class MLoss(Diagnostic):
@@ -40,7 +41,7 @@ class MLoss(Diagnostic):
             advice=(
                 f"Spend care on {worst}: merge it with fewer experts, lower coefficients or "
                 "another method by a rule."
-                if losses[worst] > _GOOD
+                if losses[worst] >= FAIR
                 else ""
             ),
             predictors={
@@ -53,7 +54,7 @@ class MLoss(Diagnostic):
 
 def layer_level(relative: float) -> Level:
     """Return the level of one layer's relative M-Loss."""
-    return level_of(relative, good=_GOOD, poor=_POOR)
+    return level_of(relative, good=FAIR, poor=POOR)
 
 
 def layer_verdict(relative: float) -> str:

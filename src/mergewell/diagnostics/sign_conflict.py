@@ -19,8 +19,8 @@ class SignConflict(Diagnostic):
 
     def measure(self, evidence: Evidence) -> Finding:
         """Return the cancelled share as the value, the pairs' opposed shares as a predictor."""
-        masses = torch.stack(list(evidence.conflict_mass.values()))
-        remaining, whole = masses.sum(0).tolist()
+        masses = torch.stack(list(evidence.conflict_mass.values())).sum(0)
+        remaining, whole = float(masses[0]), float(masses[1])
         conflict = 1 - remaining / whole if whole > 0 else 0.0
         pairs = torch.stack(list(evidence.conflict_pairs.values())).sum(0)
         opposed = pairs[0] / torch.where(pairs[1] == 0, 1.0, pairs[1])

@@ -21,7 +21,8 @@ class TaskVectors(Diagnostic):
         """Return the norms' dispersion as the value, norms and cosines as predictors."""
         summed = torch.stack(list(evidence.products.values())).sum(0)
         norms = summed.diagonal().clamp(min=0).sqrt()
-        relative = (norms[1:] / norms[0]).tolist() if norms[0] > 0 else norms[1:].tolist()
+        whole = float(norms[0]) or 1.0
+        relative = [float(norm) / whole for norm in norms[1:]]
         scale = torch.where(norms[1:] == 0, 1.0, norms[1:])
         cosines = summed[1:, 1:] / scale[:, None] / scale[None, :]
         smallest, largest = min(relative), max(relative)

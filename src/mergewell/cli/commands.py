@@ -1,0 +1,286 @@
+"""What the commands do: parse what the flags name, call the library, print."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mergewell.cli.progress import steps
+from mergewell.errors import OutputError, RecipeError, did_you_mean
+from mergewell.methods.base import METHODS
+from mergewell.plan import make_plan
+from mergewell.recipe import read_recipe, recipe_from_flags
+from mergewell.run import run as run_plan
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _workers(workers: int | None) -> int:
+    return workers if workers is not None else os.cpu_count() or 1
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def merge(
+    recipe_file: Path | None,
+    out: Path | None,
+    *,
+    base: str | None,
+    experts: Sequence[str],
+    method: str,
+    settings: Sequence[str],
+    seed: int,
+    dtype: str | None,
+    resume: bool,
+    workers: int | None,
+    print_recipe: bool,
+    as_json: bool,
+) -> None:
+    """Merge by a recipe file or by flags."""
+    if recipe_file is not None and (base or experts or settings):
+        raise RecipeError(
+            f"{recipe_file}: a recipe and --base, --expert or --set exclude each other; "
+            "put them into the recipe."
+        )
+    recipe = (
+        read_recipe(recipe_file)
+        if recipe_file is not None
+        else recipe_from_flags(
+            base=base, experts=experts, method=method, settings=settings, seed=seed, dtype=dtype
+        )
+    )
+    if print_recipe:
+        print(recipe.to_yaml(), end="")
+        return
+    if out is None:
+        raise OutputError("No output folder is named; add --out DIR.")
+    planned = make_plan(recipe)
+    for warning in planned.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    written = 0
+    with steps(in_bytes=True) as shown:
+
+        def progress(count: int) -> None:
+            nonlocal written
+            written += count
+            shown.update("merge", written, planned.write_bytes)
+
+        manifest = run_plan(
+            planned, out, workers=_workers(workers), resume=resume, on_progress=progress
+        )
+    if as_json:
+        _print_json(manifest.model_dump(mode="json"))
+        return
+    print(
+        f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
+        f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s."
+    )
+
+
+def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
+    """Show a plan."""
+    planned = make_plan(read_recipe(recipe_file))
+    count = _workers(workers)
+    if as_json:
+        _print_json(planned.as_data(count))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensor", "shape", "dtype", "method", "coefficients"):
+        table.add_column(heading)
+    for task in planned.tasks.values():
+        table.add_row(
+            task.name,
+            "×".join(map(str, task.spec.shape)) or "scalar",
+            str(task.spec.dtype).removeprefix("torch."),
+            task.treatment,
+            "" if task.copied_from is not None else " ".join(f"{c:g}" for c in task.coefficients),
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(
+        f"\n{len(planned.tasks)} tensors · reads {_bytes(planned.read_bytes)} in {planned.passes} "
+        f"pass{'es' if planned.passes > 1 else ''} · writes {_bytes(planned.write_bytes)} · memory "
+        f"up to {_bytes(planned.peak_bytes(count))} with {count} workers · about "
+        f"{(planned.read_bytes + planned.write_bytes) / 1e9:.1f} s at 1 GB/s"
+    )
+    for warning in planned.warnings:
+        print(f"warning: {warning}")
+
+
+def check(
+    base: str | None,
+    experts: Sequence[str],
+    *,
+    data: str | None,
+    mode: str,
+    samples: int,
+    model_factory: str | None,
+    method: str,
+    settings: Sequence[str],
+    json_file: str | None,
+    html_file: Path | None,
+) -> None:
+    """Check experts against their base."""
+    from typing import get_args
+
+    from mergewell import check as checking
+    from mergewell.calibrate import batches, load_inputs
+    from mergewell.models.capture import Mode
+    from mergewell.models.loader import ModuleSource
+
+    if mode not in get_args(Mode):
+        raise RecipeError(f"--mode {mode}: {did_you_mean(mode, get_args(Mode))}")
+    recipe = recipe_from_flags(base=base, experts=experts, method=method, settings=settings)
+    planned = make_plan(recipe)
+    used = None
+    if data is not None:
+        source = ModuleSource.parse(model_factory or str(recipe.base))
+        inputs = load_inputs(data, model_folder=recipe.base, limit=samples)
+        cut = list(batches(inputs, 16))
+        counts = [len(b) if not isinstance(b, dict) else len(next(iter(b.values()))) for b in cut]
+        used = checking.Data(source, cut, sum(counts), mode)  # pyright: ignore[reportArgumentType]
+    with steps() as shown:
+        found = checking.check(
+            planned,
+            checking.short_names(expert.path for expert in recipe.experts),
+            data=used,
+            on_step=shown.update,
+        )
+    payload = found.model_dump(mode="json")
+    if html_file is not None:
+        from mergewell.report.page import write_check_page
+
+        write_check_page(found, html_file)
+    if json_file == "-":
+        _print_json(payload)
+        return
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(payload, allow_nan=False), encoding="utf-8")
+    _print_check(payload)
+
+
+def _print_check(found: dict[str, Any]) -> None:
+    mark = {"good": "+", "fair": "~", "poor": "!"}
+    print(found["verdict"])
+    for finding in found["findings"]:
+        print(f"\n{mark[finding['level']]} {finding['question']}\n  {finding['verdict']}")
+        if finding["advice"]:
+            print(f"  {finding['advice']}")
+    if found["layers"]:
+        print(f"\nM-Loss by layer (mode {found['mode']}, {found['samples']} inputs):")
+        width = max(len(layer["layer"]) for layer in found["layers"])
+        for layer in found["layers"]:
+            bar = "█" * min(30, round(60 * layer["relative"]))
+            print(
+                f"  {layer['layer']:<{width}}  {100 * layer['relative']:6.2f} %  "
+                f"{layer['verdict']}  {bar}".rstrip()
+            )
+    if found["uncovered"]:
+        print(f"\nNot covered by M-Loss: {len(found['uncovered'])} modules, by reason:")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in found["uncovered_reasons"].items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            print(f"  {', '.join(names)}: {reason}")
+
+
+def demo(out: Path | None, *, text: bool, as_json: bool) -> None:
+    """Run the demo."""
+    from mergewell.demo.run import run_demo
+
+    folder = out if out is not None else Path("mergewell-demo-text" if text else "mergewell-demo")
+    with steps() as shown:
+        results = run_demo(folder, text=text, on_step=shown.update)
+    if as_json:
+        _print_json(results.model_dump(mode="json"))
+        return
+    from mergewell.demo.run import summary
+
+    print(summary(results))
+    print(f"\nThe report: {(folder / results.report).resolve()}")
+
+
+def report(folder: Path) -> None:
+    """Make a results folder's page again."""
+    from mergewell.report.page import write_page
+
+    print(write_page(folder))
+
+
+def verify(folder: Path, *, as_json: bool) -> None:
+    """Verify a merged folder."""
+    from mergewell.storage.manifest import read_manifest, verify_files
+
+    problems = verify_files(folder)
+    count = len(read_manifest(folder).outputs)
+    if as_json:
+        _print_json({"version": 1, "folder": str(folder), "files": count, "problems": problems})
+    if problems:
+        raise OutputError(f"{folder} is damaged: {' '.join(problems)} Merge again from its recipe.")
+    if not as_json:
+        print(f"{folder}: {count} files are as they were written.")
+
+
+def methods(name: str | None, *, as_json: bool) -> None:
+    """List methods or show one."""
+    names = METHODS.names() if name is None else (METHODS.get(name).component_name(),)
+    if as_json:
+        _print_json({"version": 1, "methods": [_method(each) for each in names]})
+        return
+    if name is None:
+        for each in names:
+            needs = METHODS.get(each).needs
+            what = ["base"] * needs.base + ([f"{needs.experts} experts"] if needs.experts else [])
+            note = f" (needs {', '.join(what)})" if what else ""
+            print(f"{each:<18} {METHODS.get(each).summary()}{note}")
+        return
+    print(f"{name}\n")
+    print(inspect.cleandoc(METHODS.get(name).__doc__ or ""))
+    print("\nParameters (--set NAME=VALUE, or keys under `method:` in a recipe):")
+    for parameter in _method(name)["parameters"]:
+        print(f"  {parameter['name']} = {parameter['default']}    {parameter['type']}")
+        print(f"      {parameter['help']}")
+
+
+def _method(name: str) -> dict[str, Any]:
+    cls = METHODS.get(name)
+    return {
+        "name": name,
+        "summary": cls.summary(),
+        "paper": cls.paper,
+        "needs": {
+            "base": cls.needs.base,
+            "experts": cls.needs.experts,
+            "granularity": cls.needs.granularity,
+        },
+        "parameters": [
+            {
+                "name": field,
+                "type": _type_name(info.annotation),
+                "default": info.default,
+                "help": info.description,
+            }
+            for field, info in cls.model_fields.items()
+        ],
+    }
+
+
+def _type_name(annotation: object) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).replace("typing.Literal", "one of ")

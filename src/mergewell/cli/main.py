@@ -1,0 +1,167 @@
+"""The command line: arguments and help. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Will these models merge? How should they be merged? What came out? Can I trust the file?",
+)
+
+Base = Annotated[str | None, typer.Option(metavar="PATH", help="The model all experts came from.")]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", metavar="PATH[:C]", help="An expert and its coefficient; repeat."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core if absent.")]
+Method = Annotated[str, typer.Option("--method", help="A name from `mergewell methods`.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the method.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to put the results.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="MiniLM and text tasks.")] = False,
+    json: Json = False,
+) -> None:
+    """Check, merge and evaluate real experts, offline; write a report."""
+    from mergewell.cli import commands
+
+    commands.demo(out, text=text, as_json=json)
+
+
+@app.command()
+def check(
+    base: Base = None,
+    expert: Experts = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Unlabelled inputs: .jsonl, folder, .npz.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="Whose inputs a layer gets: merged, pretrained or own.")
+    ] = "merged",
+    samples: Annotated[int, typer.Option(min=1, help="At most this many inputs.")] = 128,
+    model_factory: Annotated[
+        str | None, typer.Option(metavar="PKG:FUNC", help="Function that makes the module.")
+    ] = None,
+    method: Method = "average",
+    set_: Settings = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write JSON to a file; - is standard output.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
+) -> None:
+    """Say whether experts will merge (with M-Loss, given --data)."""
+    from mergewell.cli import commands
+
+    commands.check(
+        base, expert or [], data=data, mode=mode, samples=samples, model_factory=model_factory,
+        method=method, settings=set_ or [], json_file=json, html_file=html,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(recipe: Path, json: Json = False, workers: Workers = None) -> None:
+    """Show what every tensor will get, costs and warnings."""
+    from mergewell.cli import commands
+
+    commands.plan(recipe, as_json=json, workers=workers)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; or use the flags.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write.")] = None,
+    base: Base = None,
+    expert: Experts = None,
+    method: Method = "average",
+    set_: Settings = None,
+    seed: Annotated[int, typer.Option(help="Seed of random methods.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Stored dtype; the base's if absent.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
+    workers: Workers = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Merge by a recipe or by flags; complete or not at all."""
+    from mergewell.cli import commands
+
+    commands.merge(
+        recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
+        seed=seed, dtype=dtype, resume=resume, workers=workers, print_recipe=print_recipe,
+        as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def report(folder: Path) -> None:
+    """Make the page of a results folder again."""
+    from mergewell.cli import commands
+
+    commands.report(folder)
+
+
+@app.command()
+def verify(folder: Path, json: Json = False) -> None:
+    """Check a merged folder against its manifest."""
+    from mergewell.cli import commands
+
+    commands.verify(folder, as_json=json)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, for its manual page.")] = None,
+    json: Json = False,
+) -> None:
+    """List the merge methods, or show one's manual page."""
+    from mergewell.cli import commands
+
+    commands.methods(name, as_json=json)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 done, 2 the user's mistake, 1 ours."""
+    try:
+        result = app(arguments, prog_name="mergewell", standalone_mode=False)
+    except KeyboardInterrupt:
+        print("mergewell: stopped; nothing was left under the final name.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _explain(error)
+    return result if isinstance(result, int) else 0
+
+
+def _explain(error: Exception) -> int:
+    """Print an error for people and return the exit code."""
+    if hasattr(error, "format_message"):  # the command line itself was wrong
+        sentence = str(error.format_message()).rstrip(".").replace("\n", " ")  # pyright: ignore
+        print(f"mergewell: {sentence}; see `mergewell --help`.", file=sys.stderr)
+        return 2
+    from mergewell.errors import MergewellError, UserError
+
+    if not isinstance(error, MergewellError):
+        raise error
+    print(f"mergewell: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def run() -> None:
+    """Enter from the console script."""
+    sys.exit(main())
