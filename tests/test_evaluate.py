@@ -156,11 +156,42 @@ def test_resamples_are_paired_across_rows():
 
 
 def test_the_seed_alone_decides_the_intervals():
-    assert run(seed=5) == run(seed=5)
-    first, second = (
-        resampled_means(np.eye(1, 9), seed=seed, resamples=20).tolist() for seed in (0, 1)
+    generator = torch.Generator().manual_seed(0)
+    one: dict[str, nn.Module] = {"a": Table(torch.randn(37, 2, generator=generator).tolist())}
+    first, again = (
+        evaluate(one, [task([0] * 37)], ensemble=("a",), ensemble_kind="logits", seed=5)
+        for _ in range(2)
     )
-    assert first != second
+    assert first == again
+    draws = [resampled_means(np.random.default_rng(0).random((1, 37)), seed=s) for s in (5, 6)]
+    assert not np.array_equal(*draws)
+
+
+def test_every_task_has_its_own_resamples_and_seeds_differ():
+    table = Table([[float(i % 7), math.sqrt(i) * 1.3] for i in range(41)])
+    pair: dict[str, nn.Module] = {"a": table, "b": Table([[0.0, 0.0]] * 41)}
+    tasks = [task([0] * 41), task([0] * 41, name="other")]
+    lows: list[float] = []
+    for seed in (1, 2):
+        result = evaluate(pair, tasks, ensemble=("a",), ensemble_kind="logits", seed=seed)
+        lows += [result.models["b"].divergence[name].low for name in ("digits", "other")]
+    assert len(set(lows)) == 4
+
+
+def test_an_ensemble_of_probabilities_lets_two_outvote_a_sure_one():
+    three: dict[str, nn.Module] = {
+        "a": Table([[30.0, 0.0]]),
+        "b": Table([[0.0, 4.0]]),
+        "c": Table([[0.0, 4.0]]),
+    }
+    right = {
+        kind: evaluate(three, [task([1])], ensemble=("a", "b", "c"), ensemble_kind=kind)
+        .models["ensemble"]
+        .accuracy["digits"]
+        .value
+        for kind in ("logits", "probabilities")
+    }
+    assert right == {"logits": 0.0, "probabilities": 1.0}
 
 
 def test_progress_counts_batches_of_all_models():

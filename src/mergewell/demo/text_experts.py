@@ -1,8 +1,8 @@
 """The text experts: trained on first use, then kept as int8 task vectors in the user's cache.
 
 Only the transformer layers are trained (10.6 M parameters), in eval mode (no dropout), against the
-frozen head. A cached file's name carries a hash of everything that it depends on (settings, base,
-training texts), so a change of any of them trains anew and never finds a stale file.
+frozen head. A cached file's name carries a hash of what it depends on (settings, base, head and
+training texts; not this code), so a change of any of them trains anew and never finds a stale file.
 """
 
 from __future__ import annotations
