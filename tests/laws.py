@@ -28,7 +28,7 @@ def group_of(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TensorGroup:
-    """Return a random group that the method can take; spread and small changes as fine-tunes have."""
+    """Return a random group that the method can take, with small changes as fine-tunes have."""
     generator = torch.Generator().manual_seed(seed)
     count = method.needs.experts or experts
     base = torch.randn(shape, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Every method against every law it is subject to, and every law against a method that breaks it."""
+"""Every method against every law it is subject to, every law against a method that breaks it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
 from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss, Mode, measure_m_loss
 from mergewell.models.dataflow import Batch
-from mergewell.models.loader import ModuleSource, load_state
+from mergewell.models.loader import load_state
 from mergewell.models.output_gap import output_gap
 from mergewell.models.trace import Trace, trace
 from mergewell.plan import Plan
@@ -34,7 +34,9 @@ OnStep = Callable[[str, int, int], None]
 class Data:
     """Unlabelled inputs and the architecture that takes them."""
 
-    source: ModuleSource
+    factory: Callable[[], nn.Module]
+    """Makes a module in eval mode, with whatever weights."""
+
     batches: Sequence[Batch]
     samples: int
     mode: Mode = "merged"
@@ -103,9 +105,9 @@ def layer_row(layer: LayerMLoss) -> LayerRow:
     )
 
 
-def build_module(source: ModuleSource, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return the module of a source with these weights."""
-    module = source.build()
+def build_module(factory: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a new module with these weights."""
+    module = factory()
     load_state(module, tensors)
     return module
 
@@ -134,9 +136,9 @@ class _Seen:
 
 def _activations(plan: Plan, data: Data, on_step: OnStep | None) -> _Seen:
     assert plan.base is not None
-    experts = [build_module(data.source, expert) for expert in plan.experts]
-    base = build_module(data.source, plan.base)
-    merged = build_module(data.source, dict(merge_tensors(plan)))
+    experts = [build_module(data.factory, expert) for expert in plan.experts]
+    base = build_module(data.factory, plan.base)
+    merged = build_module(data.factory, dict(merge_tensors(plan)))
     coefficients = _simplex([expert.coefficient for expert in plan.recipe.experts])
     total = 2 * len(data.batches)
 

@@ -78,7 +78,8 @@ def run(
         ) as writer,
     ):
         values = _model_statistics(plan, engine, block)
-        for layout in writer.pending:
+        pending = writer.pending
+        for layout in pending:
             tasks = [plan.tasks[spec.name] for spec in layout.specs]
             for merged in _merge(plan, engine, tasks, values, block):
                 writer.write(merged.block.task.name, merged.block.start, merged.tensor)
@@ -87,7 +88,7 @@ def run(
                 if on_progress is not None:
                     on_progress(merged.tensor.nbytes)
             writer.finish(layout.file)
-        if not changed and len(writer.pending) == len(plan.layouts):
+        if not changed and len(pending) == len(plan.layouts):
             raise PlanError(
                 "The result equals the base in every tensor; check the coefficients, the density "
                 "and that the experts are not the base itself."

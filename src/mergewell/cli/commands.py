@@ -153,7 +153,7 @@ def check(
         inputs = load_inputs(data, model_folder=recipe.base, limit=samples)
         cut = list(batches(inputs, 16))
         counts = [len(b) if not isinstance(b, dict) else len(next(iter(b.values()))) for b in cut]
-        used = checking.Data(source, cut, sum(counts), mode)  # pyright: ignore[reportArgumentType]
+        used = checking.Data(source.build, cut, sum(counts), mode)  # pyright: ignore[reportArgumentType]
     with steps() as shown:
         found = checking.check(
             planned,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,3 +34,6 @@ class Suite:
 
     calibration: tuple[Batch, ...]
     """Unlabelled batches of all tasks, free of padding, for M-Loss."""
+
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Parameters of the demo's methods, chosen on validation data, by method."""

@@ -1,0 +1,302 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from toys import family, save, tensors
+
+import mergewell
+from mergewell.cli.main import app, main
+from mergewell.recipe import recipe_from_flags
+
+HERE = Path(__file__).parent
+FROZEN = {
+    "demo": {"--out", "--text", "--json"},
+    "check": {
+        "--base", "--expert", "--data", "--mode", "--samples", "--model-factory", "--method",
+        "--set", "--json", "--html",
+    },
+    "plan": {"--json", "--workers"},
+    "merge": {
+        "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
+        "--workers", "--print-recipe", "--json",
+    },
+    "report": set(),
+    "verify": {"--json"},
+    "methods": {"--json"},
+}  # fmt: skip
+
+
+def mergewell_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from mergewell.cli.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def mergewell_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command in this process: the same code without another import of torch."""
+
+    def run(*arguments: str) -> Ran:
+        capsys.readouterr()
+        code = main(list(arguments))
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def flags(base: Path | None, experts: list[Path], **more: str) -> list[str]:
+    found = ["--base", str(base)] if base else []
+    found += [part for expert in experts for part in ("--expert", str(expert))]
+    return found + [part for key, value in more.items() for part in (f"--{key}", value)]
+
+
+def test_the_command_line_is_frozen() -> None:
+    """Knobs belong to recipes: a new flag is a decision, made here too."""
+    import typer.main
+
+    group = typer.main.get_command(app)
+    found = {
+        name: {
+            option
+            for parameter in command.params
+            for option in parameter.opts
+            if option.startswith("--") and option != "--help"
+        }
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == FROZEN
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = mergewell_process("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0 and "merge" in ran.stdout
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used < 0.9, f"{used:.2f} s of CPU; the target is 0.3 on a quiet machine"
+    code = "import sys, mergewell.cli.main; print('torch' in sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "False"
+
+
+def test_merge_by_flags_verify_and_refuse_to_overwrite(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    out = tmp_path / "out"
+    arguments = ["merge", *flags(base, experts, method="ties", set="density=0.3", out=str(out))]
+    ran = mergewell_here(*arguments)
+    assert (ran.returncode, ran.stdout.count("\n")) == (0, 1), ran.stderr
+    assert "6 tensors, 5 changed" in ran.stdout
+    assert mergewell_here("verify", str(out)).returncode == 0
+    before = sorted((f.name, f.read_bytes()) for f in out.iterdir())
+    again = mergewell_here(*arguments)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert before == sorted((f.name, f.read_bytes()) for f in out.iterdir())
+    (out / "model.safetensors").write_bytes(b"x")
+    damaged = mergewell_here("verify", str(out))
+    assert damaged.returncode == 2 and "model.safetensors" in damaged.stderr
+
+
+def test_recipe_and_flags_are_the_same_merge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, experts = family(tmp_path)
+    given = flags(base, experts, method="dare", set="density=0.4")
+    assert main(["merge", *given, "--print-recipe"]) == 0
+    file = tmp_path / "recipe.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert main(["merge", str(file), "--out", str(tmp_path / "a")]) == 0
+    assert main(["merge", *given, "--out", str(tmp_path / "b")]) == 0
+    left, right = ((tmp_path / d / "model.safetensors").read_bytes() for d in "ab")
+    assert left == right
+
+
+def test_plan_prints_every_tensor_and_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, experts = family(tmp_path)
+    recipe = recipe_from_flags(
+        base=str(base), experts=list(map(str, experts)), method="ties", settings=[]
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert main(["plan", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "layer.1.weight" in text and "64×3×5×5" in text and "4 passes" in text
+    assert main(["plan", str(file), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["version"] == 1 and len(data["tensors"]) == 6
+
+
+def test_check_on_weights_alone(tmp_path: Path, mergewell_here: Callable[..., Ran]) -> None:
+    base, experts = family(tmp_path)
+    page = tmp_path / "check.html"
+    ran = mergewell_here("check", *flags(base, experts, json="-", html=str(page)))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["version"] == 1 and found["experts"] == ["expert0", "expert1", "expert2"]
+    assert found["layers"] == [] and found["prediction"] is None
+    assert len(found["predictors"]["cosine"]) == 3
+    assert 0.3 < found["predictors"]["sign_conflict"] < 0.5  # unrelated: 1 - 1 / sqrt(3) = 0.42
+    assert "<html" in page.read_text()
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def without_a_tensor(folder: Path) -> None:
+    save(folder, {n: t for n, t in tensors(1).items() if n != "layer.0.bias"})
+
+
+def with_another_shape(folder: Path) -> None:
+    save(folder, {**tensors(1), "layer.0.bias": torch.zeros(5)})
+
+
+BAD_INPUT = {
+    "wrong method": (None, {"method": "tise"}, "did you mean 'ties'"),
+    "wrong parameter": (None, {"method": "ties", "set": "denisty=0.1"}, "did you mean 'density'"),
+    "value out of bounds": (None, {"method": "ties", "set": "density=2"}, "density = 2"),
+    "missing tensor": (without_a_tensor, {}, "layer.0.bias is missing"),
+    "mis-shaped tensor": (with_another_shape, {}, "layer.0.bias has shape [5]"),
+    "truncated file": (truncated, {}, "expert1/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, case: str, mergewell_here: Callable[..., Ran]
+) -> None:
+    spoil, more, sentence = BAD_INPUT[case]
+    base, experts = family(tmp_path)
+    if spoil:
+        spoil(experts[1])
+    before = sorted(tmp_path.rglob("*"))
+    ran = mergewell_here("merge", *flags(base, experts, out=str(tmp_path / "out"), **more))
+    refused(ran, sentence)
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path: Path) -> None:
+    base, experts = family(tmp_path)
+    arguments = flags(base, experts, method="tise", out=str(tmp_path / "out"))
+    refused(mergewell_process("merge", *arguments), "did you mean 'ties'")
+    refused(mergewell_process("merg"), "No such command 'merg'")
+
+
+def refused(ran: Ran | subprocess.CompletedProcess[str], sentence: str) -> None:
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1 and sentence in ran.stderr, ran.stderr
+
+
+def test_no_expert_and_no_output_are_named(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    refused(mergewell_here("merge", "--base", str(base), "--out", "o"), "no expert is named")
+    refused(mergewell_here("merge", *flags(base, experts)), "add --out DIR")
+    empty = tmp_path / "recipe.yaml"
+    empty.write_text(f"base: {base}\nexperts: []\n")
+    refused(mergewell_here("merge", str(empty), "--out", "o"), "no expert is named")
+    refused(mergewell_here("plan", str(tmp_path / "nowhere.yaml")), "nowhere.yaml")
+
+
+def test_too_little_disk_is_refused_before_a_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    base, experts = family(tmp_path)
+    real = os.statvfs
+
+    def nearly_full(path: str) -> os.statvfs_result:
+        values = list(real(path))
+        values[3] = values[4] = 10  # free blocks
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["merge", *flags(base, experts, out=str(tmp_path / "out"))]) == 2
+    assert "needs" in (message := capsys.readouterr().err) and "disk" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_usage_errors_are_one_sentence(mergewell_here: Callable[..., Ran]) -> None:
+    refused(mergewell_here("merg"), "No such command 'merg'")
+    refused(mergewell_here("merge", "--wrong"), "--wrong")
+
+
+TOY = '''"""Take the median of the experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mergewell.methods.base import MergeMethod, TensorGroup
+
+
+class ToyMedian(MergeMethod):
+    """Take the middle value of the experts, entry by entry.
+
+    Paper: none, a test's toy.
+    Departures: none.
+    """
+
+    paper: ClassVar[str] = "none"
+
+    strength: float = 1.0
+    """How much of it."""
+
+    def merge(self, group: TensorGroup) -> Tensor:
+        """Return the median."""
+        ranked = torch.stack(group.experts).sort(0).values
+        middle = len(ranked) // 2
+        return ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
+'''
+
+
+def test_a_new_method_is_one_new_file(tmp_path: Path) -> None:
+    """Listing, manual page, validation, merging and the laws follow without any other edit."""
+    source = Path(mergewell.__file__).parent
+    shutil.copytree(source, tmp_path / "src" / "mergewell", ignore=shutil.ignore_patterns("assets"))
+    (tmp_path / "src" / "mergewell" / "methods" / "toy_median.py").write_text(TOY)
+    path = {"PYTHONPATH": str(tmp_path / "src")}
+    assert "toy_median" in mergewell_process("methods", **path).stdout
+    assert "strength = 1.0" in mergewell_process("methods", "toy_median", **path).stdout
+    base, experts = family(tmp_path / "models")
+    wrong = flags(base, experts, method="toy_median", set="strenght=1", out=str(tmp_path / "x"))
+    refused(mergewell_process("merge", *wrong, **path), "did you mean 'strength'")
+    right = flags(base, experts, method="toy_median", out=str(tmp_path / "out"))
+    assert mergewell_process("merge", *right, **path).returncode == 0
+    laws = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE.parent / "test_conformance.py"), "-k", "toy_m",
+         "-p", "no:cacheprovider"],
+        capture_output=True, text=True, check=False, env={**os.environ, **path},
+    )  # fmt: skip
+    assert laws.returncode == 0, laws.stdout
+    assert "14 passed" in laws.stdout, laws.stdout
