@@ -1,1 +1,1 @@
-"""The report: results read back, figures as SVG, one self-contained page."""
+"""The report: results as data, figures as pure functions, and one page that works offline."""

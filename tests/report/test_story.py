@@ -1,0 +1,117 @@
+from typing import Any
+
+import pytest
+
+from mergewell.report import story
+from mergewell.report.results import Finding, LayerMLoss, Results, validated
+
+Data = dict[str, Any]
+
+
+def told(example: Data) -> Results:
+    return validated(Results, example, where="example")
+
+
+def test_merges_are_ranked_by_their_retention(example: Data) -> None:
+    merits = story.ranking(told(example))
+    assert [merit.method for merit in merits] == ["ties", "task_arithmetic", "average"]
+    assert merits[0].worst_task == "sign_digits"
+
+
+def test_without_measured_retention_it_is_the_mean_over_tasks(example: Data) -> None:
+    del example["retention"]
+    best = story.ranking(told(example))[0]
+    ratios = [0.956 / 0.984, 0.821 / 0.893, 0.873 / 0.967, 0.802 / 0.951]
+    assert best.mean == pytest.approx(sum(ratios) / 4)
+    assert (best.low, best.worst_task) == (None, "sign_digits")
+    assert best.worst == pytest.approx(0.802 / 0.951)
+
+
+def test_an_expert_that_is_never_right_is_left_out_of_the_mean(example: Data) -> None:
+    del example["retention"]
+    example["accuracy"]["expert"]["mnist"] = 0.0
+    assert story.ranking(told(example))[0].mean < 1
+
+
+def test_merges_within_the_best_interval_are_as_good(example: Data) -> None:
+    example["retention"]["ties"]["low"] = example["retention"]["average"]["mean"]
+    assert story.as_good(story.ranking(told(example))) == ("task_arithmetic", "average")
+    example["retention"]["ties"]["low"] = example["retention"]["ties"]["mean"] - 1e-6
+    assert story.as_good(story.ranking(told(example))) == ()
+
+
+@pytest.mark.parametrize(
+    ("mean", "level", "words"),
+    [
+        (0.93, "good", "They merge well: ties keeps 93.0"),
+        (0.90, "good", "one network instead of four."),
+        (0.89, "fair", "They merge at a price"),
+        (0.5, "poor", "They do not merge well: even the best merge, ties, keeps only"),
+    ],
+)
+def test_the_verdict_follows_the_measured_retention(
+    example: Data, mean: float, level: str, words: str
+) -> None:
+    example["retention"] = {"ties": {"mean": mean}}
+    del example["accuracy"]["merged"]["average"], example["accuracy"]["merged"]["task_arithmetic"]
+    example["intervals"] = {}
+    verdict = story.verdict(told(example))
+    assert verdict.level == level
+    assert words in verdict.sentence
+    assert verdict.foreseen == example["check"]["verdict"]
+
+
+def test_without_merges_the_check_speaks(example: Data) -> None:
+    del example["check"]["level"]
+    results = Results.of_check(told(example).check)  # type: ignore[arg-type]
+    assert story.verdict(results) == story.Verdict("poor", example["check"]["verdict"])
+
+
+def test_a_long_verdict_is_parted_at_its_colon(example: Data) -> None:
+    example["check"]["verdict"] = f"These experts look mergeable: in {'very ' * 20}few layers."
+    verdict = story.verdict(Results.of_check(told(example).check))  # type: ignore[arg-type]
+    assert verdict.sentence == "These experts look mergeable."
+    assert verdict.detail.startswith("In very") and verdict.detail.endswith("layers.")
+
+
+def test_findings_show_percentages_where_they_are_shares() -> None:
+    def shown(value: float | None, unit: str) -> tuple[str, str]:
+        finding = Finding(question="?", verdict="!", level="good", value=value, unit=unit)
+        return story.measure(finding)
+
+    assert shown(0.334, "fraction of the mass") == ("33.4\N{NO-BREAK SPACE}%", "of the mass")
+    assert shown(0.05, "relative M-Loss") == ("5.0\N{NO-BREAK SPACE}%", "M-Loss")
+    assert shown(2.04, "largest / smallest norm") == ("2.04", "largest / smallest norm")
+    assert shown(None, "fraction") == ("", "")
+
+
+def test_half_of_the_loss_in_how_many_nodes() -> None:
+    assert story.concentration((1.0, 1.0, 1.0, 1.0)) == 0.5
+    assert story.concentration((8.0, 1.0, 1.0, 1.0)) == 0.25
+    layers = [
+        LayerMLoss(layer="x", activation="relu", nodes=4, absolute=1, relative=0, node=(8, 1, 1, 1))
+    ]
+    assert story.node_sentence(layers).startswith("In the typical layer, 25")
+
+
+def test_identical_experts_are_said_to_change_nothing() -> None:
+    layers = [LayerMLoss(layer="x", activation="relu", nodes=1, absolute=0, relative=0, node=(0,))]
+    assert story.layer_sentence(layers).startswith("Merging changes no layer")
+    assert story.node_sentence(layers) == "No node has any M-Loss."
+
+
+@pytest.mark.parametrize(
+    ("cosine", "words"),
+    [(0.05, "nearly orthogonal"), (0.3, "overlap a little"), (0.6, "the same way"), (-0.3, "pull")],
+)
+def test_the_cosines_in_words(example: Data, cosine: float, words: str) -> None:
+    example["models"]["experts"] = ["a", "b"]
+    example["cosines"] = [[1.0, cosine], [cosine, 1.0]]
+    assert words in story.cosine_sentence(told(example))
+
+
+def test_the_reasons_name_what_supports_the_verdict(example: Data) -> None:
+    first, second, third = story.reasons(told(example))
+    assert "86.3" in first and "94.9" in first and "the ensemble 83.4" in first
+    assert second.startswith("Its weakest task is sign_digits")
+    assert "of 33 layers" in third
