@@ -55,7 +55,9 @@ class TensorGroup:
     numel: int = -1
     """Elements of the whole tensor; -1 when this group is the whole."""
 
-    statistics: Mapping[WeightStatistic, Value] = field(default_factory=dict["WeightStatistic", Value])
+    statistics: Mapping[WeightStatistic, Value] = field(
+        default_factory=dict["WeightStatistic", Value]
+    )
     """Values made by earlier passes, by the statistic that made them."""
 
     @property
