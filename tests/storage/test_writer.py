@@ -322,6 +322,22 @@ def test_a_record_that_does_not_fit_its_shard_is_not_believed(
     assert contents(tmp_path / "out") == expected
 
 
+def test_a_shard_that_is_begun_anew_is_no_longer_done(tmp_path: Path, model):
+    interrupted(tmp_path, model)
+    staging = Staging(tmp_path / "out")
+    ShardWriter(staging, model.layouts[2], metadata={"mergewell": "toy"}, key="k").close()
+    with model.writer(tmp_path / "out", resume=True) as writer:
+        assert len(writer.pending) == 3
+
+
+def test_remains_of_other_files_do_not_come_along(tmp_path: Path, model, expected):
+    files = interrupted(tmp_path, model) / "files"
+    (files / model.layouts[0].file).write_bytes(b"x" * 10_000)
+    (files / "stray").write_bytes(b"x")
+    model.write(tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == expected
+
+
 def test_nothing_is_left_when_nothing_was_finished(tmp_path: Path, model):
     with pytest.raises(ZeroDivisionError), model.writer(tmp_path / "out") as writer:
         writer.write("a", 0, model.tensors["a"])
