@@ -72,7 +72,7 @@ class MLoss(Statistic[ActivationBatch]):
             )
         counts = torch.full((samples,), first.numel() // (samples * nodes or 1))
         if batch.keep is not None:
-            counts = batch.keep.bool().flatten(1).sum(1)
+            counts = batch.keep.bool().reshape(samples, -1).sum(1)
         gaps, squares, energies = sums
         added = {
             "gap": gaps.sum(0),
@@ -173,7 +173,7 @@ def _gap(
     gap = ensemble - batch.activation(merged)
     if batch.keep is None:
         return gap, ensemble
-    padding = ~batch.keep[rows].bool().flatten(1)[..., None]
+    padding = ~batch.keep[rows].bool().reshape(gap.shape[0], -1, 1)
     return gap.masked_fill(padding, 0.0), ensemble.masked_fill(padding, 0.0)
 
 
