@@ -109,6 +109,13 @@ def test_levels_differ_in_shape_and_not_in_colour_alone() -> None:
     assert len({one.get("d") for one in marked(root, "mark")}) == 3
 
 
+def test_narrow_names_still_tell_layers_apart() -> None:
+    names = [f"model.layers.{i}.attention.{part}_projection" for i in range(12) for part in "qkv"]
+    root = parsed(figures.layer_bars([layer(name, 0.1) for name in names], Cutoffs()))
+    for kind in ("wide", "narrow"):
+        assert len({text.text for text in marked(root, kind)}) == len(names)
+
+
 def test_small_losses_do_not_fill_the_figure() -> None:
     root = parsed(figures.layer_bars([layer("one", 0.001)], Cutoffs()))
     assert width(marked(root, "bar")[0]) < 0.05

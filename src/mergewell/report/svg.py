@@ -75,16 +75,22 @@ def share(fraction: float) -> str:
 def short(text: str, room: int) -> str:
     """Return a name that fits: outer parts by their initial, as in "b.15.depthwise_conv".
 
-    What is still too long keeps its end, which tells layers apart, behind an ellipsis.
+    What is still too long keeps its number and its end, which tell layers apart: "31.…projection".
     """
+    parts = [part.strip("_") or part for part in text.split(".")]
+    dotted = len(parts) > 1 and " " not in text and not parts[-1].isdigit()
     if len(text) <= room:
         return text
-    parts = [part.strip("_") or part for part in text.split(".")]
+    if not dotted:
+        return "…" + text[-(room - 1) :]
     for index, part in enumerate(parts[:-1]):
         if len(".".join(parts)) > room and not part.isdigit():
             parts[index] = part[:1]
-    text = ".".join(parts)
-    return text if len(text) <= room else "…" + text[-(room - 1) :]
+    if len(".".join(parts)) <= room:
+        return ".".join(parts)
+    numbered = max((index for index, part in enumerate(parts) if part.isdigit()), default=0)
+    head, end = f"{parts[numbered]}.…", ".".join(parts[numbered + 1 :])
+    return head + end[-(room - len(head)) :] if len(head) < room else "…" + text[-(room - 1) :]
 
 
 def clean(text: str) -> str:
