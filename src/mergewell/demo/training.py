@@ -1,13 +1,12 @@
 """One small fine-tuning loop for experts that shall merge, whatever the network.
 
-Besides plain AdamW it knows the two regularisers that act on the *task vector* (expert minus base, where the base
-is the module as it was handed in):
+Besides plain AdamW it knows two levers that act on the *task vector* (expert minus base, where the
+base is the module as it was handed in):
 
-* `scales=(low, high)`: each step computes its loss at `base + s * task vector` with a random `s`, so that the expert
-  still works when a merge scales its task vector down. The gradient is taken at the scaled point and applied to the
-  task vector (times `s`, the chain rule).
-* `pull`: L2-SP, a penalty `pull / 2 * ||task vector||^2` added to the loss (its gradient is added, decoupled from Adam
-  it would only be weight decay towards the base; here it is part of the gradient of the loss).
+* `scales=(low, high)`: each step computes its loss at `base + s * task vector` with a random `s`,
+  so that the expert still works when a merge scales its task vector down. The gradient is taken at
+  the scaled point and applied to the task vector (times `s`, the chain rule).
+* `pull`: L2-SP, a penalty `pull / 2 * ||task vector||^2` in the loss.
 """
 
 from __future__ import annotations
@@ -37,17 +36,25 @@ def fine_tune(
     clip: float = 1.0,
     scales: tuple[float, float] = (1.0, 1.0),
     pull: float = 0.0,
+    momentum: float | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train `parameters` of `module` in place on `loss_of_step(module, step)`.
 
-    `module` keeps its train/eval mode. `weight_decay` is AdamW's, towards zero. `clip` bounds the norm of the whole
-    gradient. `seed` drives only the random scales. `on_step(step, loss)` is called after each step (progress bars).
+    `module` keeps its train/eval mode. The optimiser is AdamW, or SGD where `momentum` is given;
+    `weight_decay` is its own, towards zero. `clip` bounds the norm of the whole gradient. `seed`
+    drives only the random scales. `on_step(step, loss)` is called after each step.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     base = [parameter.detach().clone() for parameter in trained]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    optimizer: torch.optim.Optimizer
+    if momentum is None:
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        )
     generator = torch.Generator().manual_seed(seed)
     low, high = scales
     for step in range(steps):
