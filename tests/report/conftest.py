@@ -169,6 +169,7 @@ def _example() -> dict[str, Any]:
             for name in mean
         ],
         "seconds": {"check": 14.2, "merge": 1.1, "evaluate": 21.8, "report": 0.3},
+        "examples": dict.fromkeys(TASKS, 1000),
         "versions": {"mergewell": "0.1.0", "torch": "2.13.0", "python": "3.11.9"},
         "report": "index.html",
     }

@@ -114,6 +114,20 @@ def test_hostile_names_stay_text(example: Data) -> None:
     assert page.count("alert(1)") > 20
 
 
+def test_the_time_of_all_steps_is_not_counted_twice(example: Data) -> None:
+    for seconds in ({"check": 14.2, "merge": 1.1}, {"check": 14.2, "merge": 1.1, "all": 15.3}):
+        example["seconds"] = seconds
+        page = render_page(validated(Results, example, where="example"))
+        assert "15.3 s in all: check 14.2 s, merge 1.1 s</dd>" in page
+
+
+def test_a_command_of_several_lines_keeps_them(example: Data) -> None:
+    example["merges"] = [{"method": "ties", "command": "mergewell merge \\\n  --out DIR"}]
+    page = render_page(validated(Results, example, where="example"))
+    told = re.findall(r"<pre><code>(.*?)</code></pre>", page, flags=re.DOTALL)
+    assert re.sub(r"<.*?>", "", told[0]) == "mergewell merge \\\n  --out DIR"
+
+
 def test_the_page_is_written_beside_its_results(example: Data, tmp_path: Path) -> None:
     example["report"] = "page.html"
     write_results(tmp_path, validated(Results, example, where="example"))

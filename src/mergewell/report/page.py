@@ -26,6 +26,8 @@ from mergewell.report.results import (
 )
 
 HERE = Path(__file__).parent
+WHOLE = "all"
+"""The key under which the time of all steps together may stand."""
 
 
 def write_page(results_dir: Path) -> Path:
@@ -79,6 +81,7 @@ def _told(results: Results) -> dict[str, Any]:
     merits = story.ranking(results)
     check = results.check
     samples = check.samples if check else None
+    steps = {step: time for step, time in results.seconds.items() if step != WHOLE}
     return {
         "verdict": story.verdict(results),
         "level_words": svg.LEVEL_WORDS,
@@ -101,7 +104,8 @@ def _told(results: Results) -> dict[str, Any]:
         "listed": numbers.listed,
         "percent_range": numbers.percent_range,
         "counted": numbers.counted,
-        "total_seconds": sum(results.seconds.values()),
+        "steps": steps,
+        "total_seconds": results.seconds.get(WHOLE, sum(steps.values())),
     }
 
 

@@ -171,14 +171,16 @@ class Results(Record):
     ensemble_kind: Literal["logits", "probabilities", "features"] | None = None
     retention: dict[str, Retention] = {}
     agreement: dict[str, dict[str, Share]] = {}
-    kl: dict[str, dict[str, Loss]] = {}
+    kl: dict[str, dict[str, float]] = {}
     m_loss: tuple[LayerMLoss, ...] = ()
     cosines: Matrix = ()
     norms: dict[str, Loss] = {}
-    sign_conflict: Share | None = None
+    sign_conflict: float | None = None
     check: Check | None = None
     merges: tuple[Merge, ...] = ()
     seconds: dict[str, Loss] = {}
+    examples: dict[str, int] = {}
+    """Test examples of each task."""
     versions: dict[str, str] = {}
     report: Annotated[str, AfterValidator(_plain_file_name)] = "index.html"
 
