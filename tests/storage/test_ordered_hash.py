@@ -89,3 +89,15 @@ def test_many_threads_give_the_hash_of_the_file():
             for job in jobs:
                 job.result()
         assert (hashed.position, hashed.value()) == (100, expected())
+
+
+def test_a_piece_that_comes_while_another_is_hashed_waits_its_turn():
+    def read_back(count: int, offset: int) -> bytes:
+        if offset == 30:  # as if from another thread
+            hashed.add(60, memoryview(CONTENT[60:]))
+        return CONTENT[offset : offset + count]
+
+    hashed = OrderedHash("xxh3-128", read_back)
+    hashed.add(30, memoryview(CONTENT[30:60]))
+    hashed.add(0, memoryview(CONTENT[:30]))
+    assert (hashed.position, hashed.value()) == (100, expected())
