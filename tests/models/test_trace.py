@@ -174,12 +174,12 @@ REASONS = {
     "forward": (lambda m, x: m.c(F.relu(m.a(x)) + m.a.forward(x)), "outside its own forward"),
     "consumers": (lambda m, x: (lambda z: m.c(F.relu(z)) + z)(m.a(x)), "several consumers"),
     "attention": (lambda m, x: m.c(m.a(x) @ m.b(x).T @ x), "(attention)"),
-    "norm": (lambda m, x: m.c(F.relu(m.norm(m.a(x)))), "normalisation (native_layer_norm)"),
-    "scaled": (lambda m, x: m.c(F.relu(m.a(x) * m.scale)), "meets parameters of scale"),
-    "prelu": (lambda m, x: m.c(m.prelu(m.a(x))), "meets parameters of prelu"),
+    "norm": (lambda m, x: m.c(F.relu(m.norm(m.a(x)))), "normalisation (layer_norm)"),
+    "scaled": (lambda m, x: m.c(F.relu(m.a(x) * m.scale)), "meets parameters or buffers of scale"),
+    "prelu": (lambda m, x: m.c(m.prelu(m.a(x))), "meets parameters or buffers of prelu"),
     "next": (lambda m, x: m.c(2 * m.a(x)), "feeds c with no activation in between"),
     "split": (lambda m, x: m.c(torch.cat(m.a(x).chunk(2, -1)[::-1], -1).relu()), "split"),
-    "softmax": (lambda m, x: m.c(m.a(x).softmax(-1)), "feeds _softmax"),
+    "softmax": (lambda m, x: m.c(m.a(x).softmax(-1)), "feeds softmax"),
     "functional": (lambda m, x: m.c(F.relu(F.linear(x, m.a.weight))), "outside its own forward"),
     "mixed views": (lambda m, x: m.c((lambda z: z * z.T.sigmoid())(m.a(x))), "another branch"),
     "masked": (lambda m, x: m.c(m.a(x).masked_fill(x > 0, 0.0).relu()), "masked_fill"),
@@ -227,6 +227,15 @@ def test_tied_weights_belong_to_the_layer_that_uses_them() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
     net[2].weight = net[0].weight
     assert [layer.layer for layer in run(net).covered] == ["0", "2"]
+    lender = nn.ModuleDict(
+        {"inner": nn.Sequential(nn.Linear(6, 6), nn.ReLU()), "shared": nn.Linear(6, 6)}
+    )
+    lender["shared"].weight, lender["shared"].bias = (
+        lender["inner"][0].weight,
+        lender["inner"][0].bias,
+    )
+    lender.forward = lambda x: lender["inner"](x)
+    assert run(lender).uncovered == {"shared": "only lends its parameters to inner.0"}
 
 
 def test_torch_transformer_layers_are_seen_in_spite_of_their_fast_path() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,24 @@ class Step:
 
     def run(self, values: list[Tensor]) -> Tensor:
         """Return the operation's result; the values are never written to."""
-        args, kwargs = tree_map_only(Slot, lambda s: values[s.index], (self.args, self.kwargs))
-        namespace, name, overload = self.operation.split(".")
+        args = [values[arg.index] if isinstance(arg, Slot) else arg for arg in self.args]
+        kwargs = {
+            name: values[arg.index] if isinstance(arg, Slot) else arg
+            for name, arg in self.kwargs.items()
+        }
+        name = self.operation.split(".")[1]
         if name == "_to_copy":  # a cast that the network made in its own dtype, not in ours
             wanted = kwargs.get("dtype") or args[0].dtype
             return args[0] if wanted.is_floating_point else args[0].to(wanted)
         if name.endswith("_"):
-            args = (args[0].clone(), *args[1:])
-        return getattr(getattr(getattr(torch.ops, namespace), name), overload)(*args, **kwargs)
+            args[0] = args[0].clone()
+        return _operator(self.operation)(*args, **kwargs)
+
+
+@cache
+def _operator(operation: str) -> Callable[..., Tensor]:
+    namespace, name, overload = operation.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class _Analysis:
             if not own:
                 continue
             try:
-                op = self._linear_map(name, uses.get(name, []))
+                op = self._linear_map(name, uses.get(name, []), self._sharers(part, name))
                 covered.append((self._recorder.ops.index(op), self._activated(name, op)))
             except _Uncovered as reason:
                 for key in [name] if name else own:
@@ -161,8 +161,16 @@ class _Analysis:
                 queue.extend(value.producer for value in op.inputs)
         return live
 
-    def _linear_map(self, name: str, uses: Sequence[Op]) -> Op:
+    def _sharers(self, part: nn.Module, name: str) -> list[str]:
+        """Return the other modules that hold all of this module's parameters."""
+        own = [self._recorder.read(tensor).states for tensor in part.parameters(recurse=False)]
+        owners = [{self._recorder.owners[state] for state in states} for states in own]
+        return sorted(owners[0].intersection(*owners[1:]) - {name})
+
+    def _linear_map(self, name: str, uses: Sequence[Op], sharers: Sequence[str]) -> Op:
         """Return the one linear map with the module's own weights, or raise the reason."""
+        if not uses and sharers:
+            raise _Uncovered(f"only lends its parameters to {', '.join(sharers)}")
         if not uses:
             raise _Uncovered("not reached by the forward pass")
         maps = [op for op in uses if op.name in _WEIGHT_OPS]
@@ -280,9 +288,9 @@ class _Analysis:
         if op.name in _WEIGHT_OPS and owners:
             return f"feeds {owners[-1]} with no activation in between"
         if "norm" in op.name:
-            return f"feeds a normalisation ({op.name}) before any activation"
+            return f"feeds a normalisation ({_plain(op.name)}) before any activation"
         if "prelu" in op.name or (op.name in ("mul", "add", "div", "sub") and owners):
-            return f"meets parameters of {', '.join(owners)} before any activation"
+            return f"meets parameters or buffers of {', '.join(owners)} before any activation"
         if op.name in ("add", "sub", "rsub"):
             return "feeds a residual sum"
         if op.name in ("mul", "div"):
@@ -291,15 +299,23 @@ class _Analysis:
             return "feeds a product with another branch (attention)"
         if op.name in ("split", "chunk", "slice", "select", "unbind", "glu"):
             return "is split into parts before any activation"
-        return f"feeds {op.name}, which is not a pointwise function of it alone"
+        if op.name == "cat":
+            return "is joined with other values before any activation"
+        return f"feeds {_plain(op.name)}, which is not a pointwise function of it alone"
 
 
 def _other_use(name: str) -> str:
     if "embedding" in name or name in ("index", "index_select", "gather"):
         return "a table of embeddings, not a linear layer"
     if "norm" in name:
-        return f"a normalisation ({name}), not part of a covered layer"
-    return f"its parameters meet the data in {name}, not in a linear layer or convolution"
+        return f"a normalisation ({_plain(name)}), not part of a covered layer"
+    return f"its parameters meet the data in {_plain(name)}, not in a linear layer or convolution"
+
+
+def _plain(name: str) -> str:
+    """Return an operation's name without what only torch's kernels tell apart."""
+    kinds = [kind for kind in ("batch_norm", "layer_norm", "group_norm") if kind in name]
+    return kinds[0] if kinds else name.strip("_")
 
 
 def _common(sets: Sequence[set[Value]]) -> set[Value]:

@@ -18,7 +18,7 @@ from mergewell.tensor_group import Value
 TOLERANCE = 1e-4
 """How far coefficients may sum from 1 (papers.md 1.2.3)."""
 
-BLOCK = 16_384
+BLOCK = 32_767
 """Elements handled at a time: they stay in the cache, and torch starts no threads for so few."""
 
 
@@ -62,17 +62,24 @@ class MLoss(Statistic[ActivationBatch]):
         """
         coefficients = _simplex(batch.coefficients, len(batch.pre_activations))
         _check_shapes(batch)
-        first = batch.pre_activations[0]
-        samples, nodes = first.shape[0], first.shape[batch.node_dim]
+        experts = [_by_node(z, batch.node_dim) for z in batch.pre_activations]
+        merged = None if batch.merged is None else _by_node(batch.merged, batch.node_dim)
+        first = experts[0]
+        samples, before, nodes, after = first.shape
+        keep = None if batch.keep is None else batch.keep.bool().reshape(samples, before, 1, after)
         sums = torch.zeros(3, samples, nodes, dtype=torch.float64, device=first.device)
-        for rows, columns in _blocks(samples, nodes, first):
-            gap, ensemble = _gap(batch, coefficients, rows, columns)
-            sums[:, rows, columns] = torch.stack(
-                [gap.sum(1), gap.square().sum(1), ensemble.square().sum(1)]
-            )
-        counts = torch.full((samples,), first.numel() // (samples * nodes or 1))
-        if batch.keep is not None:
-            counts = batch.keep.bool().reshape(samples, -1).sum(1)
+        for rows, columns in _blocks(first):
+            # [n, before, o, after], in float64, the nodes where the layer has them
+            z = [part[rows, :, columns].to(torch.float64) for part in experts]
+            ensemble = _mean([batch.activation(part) for part in z], coefficients)
+            other = _mean(z, coefficients) if merged is None else merged[rows, :, columns]
+            gap = ensemble - batch.activation(other.to(torch.float64))
+            if keep is not None:
+                gap = gap.masked_fill(~keep[rows], 0.0)
+                ensemble = ensemble.masked_fill(~keep[rows], 0.0)
+            for index, part in enumerate((gap, gap * gap, ensemble * ensemble)):
+                sums[index, rows, columns] = part.sum((1, 3))
+        counts = torch.full((samples,), before * after) if keep is None else keep.sum((1, 2, 3))
         gaps, squares, energies = sums
         added = {
             "gap": gaps.sum(0),
@@ -147,34 +154,23 @@ def _check_shapes(batch: ActivationBatch) -> None:
         )
 
 
-def _blocks(samples: int, nodes: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+def _by_node(z: Tensor, node_dim: int) -> Tensor:
+    """Return z as [N, before, O, after], the positions gathered on both sides of the nodes."""
+    dim = node_dim % z.ndim
+    samples, before, after = z.shape[0], z.shape[1:dim].numel(), z.shape[dim + 1 :].numel()
+    return z.reshape(samples, before, z.shape[dim], after)
+
+
+def _blocks(z: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut samples and nodes into blocks that stay in the cache; one block on other devices."""
-    size = BLOCK if like.device.type == "cpu" else max(1, like.numel())
-    positions = max(1, like.numel() // max(1, samples * nodes))
+    samples, before, nodes, after = z.shape
+    size = BLOCK if z.device.type == "cpu" else max(1, z.numel())
+    positions = max(1, before * after)
     width = max(1, min(nodes, size // positions))
     height = max(1, size // (positions * width))
     for row in range(0, samples, height):
         for column in range(0, nodes, width):
             yield slice(row, row + height), slice(column, column + width)
-
-
-def _gap(
-    batch: ActivationBatch, coefficients: Sequence[float], rows: slice, columns: slice
-) -> tuple[Tensor, Tensor]:
-    """Return gap and ensemble of a block, [n, positions, o], 0 where nothing counts."""
-
-    def block(z: Tensor) -> Tensor:
-        part = z[rows].movedim(batch.node_dim, -1)[..., columns]
-        return part.reshape(part.shape[0], -1, part.shape[-1]).to(torch.float64)
-
-    experts = [block(z) for z in batch.pre_activations]
-    ensemble = _mean([batch.activation(z) for z in experts], coefficients)
-    merged = _mean(experts, coefficients) if batch.merged is None else block(batch.merged)
-    gap = ensemble - batch.activation(merged)
-    if batch.keep is None:
-        return gap, ensemble
-    padding = ~batch.keep[rows].bool().reshape(gap.shape[0], -1, 1)
-    return gap.masked_fill(padding, 0.0), ensemble.masked_fill(padding, 0.0)
 
 
 def _mean(values: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
