@@ -20,8 +20,24 @@ from mergewell.errors import MergewellError, RecipeError, did_you_mean
 Fraction = Annotated[float, Field(gt=0, le=1)]
 """A fraction in (0, 1], such as a density."""
 
+Fractions = Fraction | tuple[Fraction, ...]
+"""A fraction for all experts, or one for each."""
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 """A number in [0, 1]."""
+
+
+def for_each(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Return `count` numbers: those given, or the one given for all.
+
+    Raises:
+        RecipeError: another number of them is given.
+    """
+    if not isinstance(value, tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise RecipeError(f"{len(value)} values are given for {count} experts; give one for each.")
+    return value
 
 
 class Component(BaseModel):

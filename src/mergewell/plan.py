@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -232,6 +232,13 @@ def _check_needs(
         raise PlanError(
             f"{name} takes {method.needs.experts} experts, but {len(experts)} are named."
         )
+    for field in type(method).model_fields:
+        value = getattr(method, field)
+        if isinstance(value, tuple) and len(cast("tuple[float, ...]", value)) != len(experts):
+            raise PlanError(
+                f"{name}: {field} has {len(cast('tuple[float, ...]', value))} values for "
+                f"{len(experts)} experts; give one value, or one an expert."
+            )
     if objection := method.objection(coefficients):
         raise PlanError(f"{name}: {objection}.")
 

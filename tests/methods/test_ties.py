@@ -51,3 +51,9 @@ def test_density_one_with_agreeing_signs_reduces_to_task_arithmetic_over_k() -> 
     tensors = TensorGroup("w", moved, torch.ones(3, dtype=torch.float64), base)
     expected = TaskArithmetic(scale=1 / 3).merge(tensors)
     torch.testing.assert_close(Ties(density=1.0).merge(tensors), expected)
+
+
+def test_each_expert_may_have_its_own_density() -> None:
+    tensors = group([4, -3, 1, 0.5], [4, 3, 2, 1])
+    # keeps [4, 0, 0, 0] and [4, 3, 2, 0]
+    assert Ties(density=(0.25, 0.75)).merge(tensors).tolist() == [14.0, 13.0, 12.0, 10.0]

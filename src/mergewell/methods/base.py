@@ -13,18 +13,20 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from mergewell.component import Component, Family, Fraction, Probability
+from mergewell.component import Component, Family, Fraction, Fractions, Probability, for_each
 from mergewell.statistics.base import WeightStatistic
 from mergewell.tensor_group import TensorGroup
 
 __all__ = [
     "METHODS",
     "Fraction",
+    "Fractions",
     "Laws",
     "MergeMethod",
     "Needs",
     "Probability",
     "TensorGroup",
+    "for_each",
 ]
 
 Granularity = Literal["element", "row", "matrix"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergewell.methods import ops
-from mergewell.methods.base import Fraction, Laws, MergeMethod, Needs, TensorGroup
+from mergewell.methods.base import Fractions, Laws, for_each, MergeMethod, Needs, TensorGroup
 from mergewell.statistics.kept_norm import KeptNorm
 
 
@@ -29,8 +29,8 @@ class Dare(MergeMethod):
         neutral={"density": 1.0, "scale": 1.0, "combine": "agreeing"},
     )
 
-    density: Fraction = 0.5
-    """Probability with which each entry of a task vector is kept."""
+    density: Fractions = 0.5
+    """Probability with which each entry of a task vector is kept; one, or one an expert."""
 
     rescale: Literal["density", "norm", "none"] = "density"
     """Divide what is kept by the density (paper), restore its L1 norm (mergekit), or neither."""
@@ -56,10 +56,11 @@ class Dare(MergeMethod):
 
     def _thin(self, group: TensorGroup, expert: int) -> Tensor:
         tau = group.task_vectors[expert]
-        if self.density < 1.0:
-            tau = torch.where(group.uniform(expert) < self.density, tau, 0.0)
+        density = for_each(self.density, len(group.experts))[expert]
+        if density < 1.0:
+            tau = torch.where(group.uniform(expert) < density, tau, 0.0)
         if self.rescale == "density":
-            return tau / self.density
+            return tau / density
         if self.rescale == "none":
             return tau
         norms = group.statistic(self.statistics()[0])

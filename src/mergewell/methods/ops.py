@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergewell.statistics.magnitude import MagnitudeThreshold, magnitude_key
+from mergewell.statistics.magnitude import MagnitudeThreshold, kept_count, magnitude_key
 from mergewell.tensor_group import CHUNK, TensorGroup
 
 Vote = Literal["mass", "count"]
@@ -67,7 +67,7 @@ def trim_rows(tensor: Tensor, density: float) -> Tensor:
     Keeps floor(density * length) entries a row, at least one; ties from the front.
     """
     rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    kept = max(1, int(density * rows.shape[1] + 1e-9))
+    kept = kept_count(density, rows.shape[1])
     order = rows.abs().sort(dim=1, descending=True, stable=True).indices[:, :kept]
     mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True)
     return torch.where(mask, rows, 0.0).reshape(tensor.shape)

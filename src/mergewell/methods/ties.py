@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mergewell.methods import ops
-from mergewell.methods.base import Fraction, Laws, MergeMethod, Needs, TensorGroup
+from mergewell.methods.base import Fractions, Laws, MergeMethod, Needs, TensorGroup
 from mergewell.statistics.magnitude import MagnitudeThreshold
 
 
@@ -29,8 +29,8 @@ class Ties(MergeMethod):
         neutral={"density": 1.0, "scale": 1.0, "divide": "count", "elect": "mass"}
     )
 
-    density: Fraction = 0.2
-    """Fraction of each task vector kept, largest magnitudes first."""
+    density: Fractions = 0.2
+    """Fraction of each task vector kept, largest magnitudes first; one, or one an expert."""
 
     trim_scope: Literal["tensor", "model"] = "tensor"
     """Keep the largest entries of each tensor, or of the whole model (paper)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mergewell.component import Fraction
+from mergewell.component import Fractions, for_each
 from mergewell.statistics.base import State, WeightStatistic
 from mergewell.tensor_group import CHUNK, TensorGroup, Value
 
@@ -15,7 +15,7 @@ from mergewell.tensor_group import CHUNK, TensorGroup, Value
 class KeptNorm(WeightStatistic):
     """The L1 norm of each task vector, and of the entries that a random drop would keep."""
 
-    density: Fraction
+    density: Fractions
     """Probability with which an entry is kept."""
 
     def update(self, done: State, group: TensorGroup, index: int) -> State:
@@ -23,9 +23,10 @@ class KeptNorm(WeightStatistic):
         del done, index
         chunks = -(-group.whole_numel // CHUNK)
         sums = torch.zeros(chunks, len(group.experts), 2, dtype=torch.float64)
+        densities = for_each(self.density, len(group.experts))
         for expert, tau in enumerate(group.task_vectors):
             size = tau.flatten().abs().to(torch.float64)
-            kept = torch.where(group.uniform(expert).flatten() < self.density, size, 0.0)
+            kept = torch.where(group.uniform(expert).flatten() < densities[expert], size, 0.0)
             for start in range(0, size.numel(), CHUNK):
                 chunk = (group.offset + start) // CHUNK
                 sums[chunk, expert, 0] = size[start : start + CHUNK].sum()

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mergewell.component import Fraction
+from mergewell.component import Fractions, for_each
 from mergewell.statistics.base import State, WeightStatistic
 from mergewell.tensor_group import CHUNK, TensorGroup, Value
 
@@ -21,6 +21,11 @@ _FINE = 1 << 16
 def magnitude_key(tensor: Tensor) -> Tensor:
     """Return |x| rounded to float32 as int32 bits, which sort as the magnitudes do."""
     return tensor.abs().to(torch.float32).view(torch.int32)
+
+
+def kept_count(density: float, numel: int) -> int:
+    """Return how many of `numel` entries a density keeps: floor(density * numel), at least 1."""
+    return min(numel, max(1, int(density * numel + 1e-9)))
 
 
 class MagnitudeThreshold(WeightStatistic):
@@ -35,8 +40,8 @@ class MagnitudeThreshold(WeightStatistic):
 
     passes: ClassVar[int] = 3
 
-    density: Fraction
-    """Fraction of the entries to keep."""
+    density: Fractions
+    """Fraction of the entries to keep, of all experts or of each."""
 
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return the counts of one block: [K, buckets] or, in the last pass, [K, C] ties."""
@@ -68,8 +73,8 @@ class MagnitudeThreshold(WeightStatistic):
         for key, counts in summed.items():
             owner, _, what = key.rpartition(":")
             if what == "coarse":
-                wanted = self._wanted_count(int(counts[0].sum()))
-                bucket, above = _descend(counts, torch.full_like(counts[:, 0], wanted))
+                wanted = self._wanted_counts(int(counts[0].sum()), len(counts))
+                bucket, above = _descend(counts, wanted)
                 result |= {f"{owner}:bucket": bucket, f"{owner}:left": wanted - above}
             elif what == "fine":
                 fine, above = _descend(counts, done[f"{owner}:left"])
@@ -99,8 +104,9 @@ class MagnitudeThreshold(WeightStatistic):
     def _owner(self, name: str) -> str:
         return name if self.scope == "tensor" else ""
 
-    def _wanted_count(self, numel: int) -> int:
-        return min(numel, max(1, int(self.density * numel + 1e-9)))
+    def _wanted_counts(self, numel: int, experts: int) -> Tensor:
+        densities = for_each(self.density, experts)
+        return torch.tensor([kept_count(density, numel) for density in densities])
 
 
 def _descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
