@@ -35,25 +35,27 @@ def write_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] 
 def test_texts_are_tokenised_and_padded(tmp_path: Path, tokenizer_folder: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a cat"}\n\n"a big cat sat"\n{"text": "cat", "label": 1}\n')
-    inputs = load_inputs(path, model=tokenizer_folder)
+    inputs = load_inputs(path, model_folder=tokenizer_folder)
     assert inputs["input_ids"].tolist() == [
         [2, 5, 7, 3, 0, 0],
         [2, 5, 6, 7, 8, 3],
         [2, 7, 3, 0, 0, 0],
     ]
     assert inputs["attention_mask"].sum(1).tolist() == [4, 6, 3]
-    assert load_inputs(path, model=tokenizer_folder, tokens=4)["input_ids"].shape == (3, 4)
+    assert load_inputs(path, model_folder=tokenizer_folder, tokens=4)["input_ids"].shape == (3, 4)
 
 
 def test_samples_are_taken_at_even_distances(tmp_path: Path, tokenizer_folder: Path) -> None:
     path = tmp_path / "rows.safetensors"
     save_file({"x": torch.arange(10), "y": torch.arange(10) * 2}, path)
-    chosen = load_inputs(path, samples=4)
+    chosen = load_inputs(path, limit=4)
     assert chosen["x"].tolist() == [0, 2, 5, 7] and chosen["y"].tolist() == [0, 4, 10, 14]
-    assert load_inputs(path, samples=99)["x"].tolist() == list(range(10))
+    assert load_inputs(path, limit=99)["x"].tolist() == list(range(10))
     texts = tmp_path / "texts.jsonl"
     texts.write_text('"a"\n"big"\n"cat"\n"sat"\n')
-    assert load_inputs(texts, model=tokenizer_folder, samples=2)["input_ids"][:, 1].tolist() == [
+    assert load_inputs(texts, model_folder=tokenizer_folder, limit=2)["input_ids"][
+        :, 1
+    ].tolist() == [
         5,
         7,
     ]
@@ -86,7 +88,7 @@ def test_images_are_resized_and_normalised(tmp_path: Path) -> None:
     assert found.shape == (2, 3, 4, 6)
     wanted = torch.tensor([(1 - 0.2) / 0.5, 0.0, 0.0])
     torch.testing.assert_close(found[1], wanted[:, None, None].expand(3, 4, 6))
-    assert load_inputs(tmp_path, images=form, samples=1).shape[0] == 1
+    assert load_inputs(tmp_path, images=form, limit=1).shape[0] == 1
 
 
 def test_the_image_format_of_a_model_folder(tmp_path: Path) -> None:
@@ -99,18 +101,18 @@ def test_the_image_format_of_a_model_folder(tmp_path: Path) -> None:
     cropped = {"size": {"shortest_edge": 10}, "crop_size": {"height": 10, "width": 10}}
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(config | cropped))
-    found = load_inputs(tmp_path / "images", model=tmp_path)
+    found = load_inputs(tmp_path / "images", model_folder=tmp_path)
     torch.testing.assert_close(found, torch.ones(1, 3, 10, 10))
     path.write_text(json.dumps(config | cropped | {"do_center_crop": False}))
-    assert load_inputs(tmp_path / "images", model=tmp_path).shape == (1, 3, 10, 10)
+    assert load_inputs(tmp_path / "images", model_folder=tmp_path).shape == (1, 3, 10, 10)
     path.write_text(json.dumps(config | {"size": {"height": 4, "width": 8}}))
-    found = load_inputs(tmp_path / "images", model=tmp_path)
+    found = load_inputs(tmp_path / "images", model_folder=tmp_path)
     assert found.shape == (1, 3, 4, 8) and float(found.min()) == -1
     path.write_text(json.dumps(config | {"size": 5}))
-    assert load_inputs(tmp_path / "images", model=tmp_path).shape == (1, 3, 5, 5)
+    assert load_inputs(tmp_path / "images", model_folder=tmp_path).shape == (1, 3, 5, 5)
     path.write_text("{}")
     with pytest.raises(DataError, match="does not state an image size"):
-        load_inputs(tmp_path / "images", model=tmp_path)
+        load_inputs(tmp_path / "images", model_folder=tmp_path)
 
 
 def test_batches_cover_everything_in_order() -> None:
@@ -160,7 +162,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes | None, w
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words) as caught:
-        load_inputs(tmp_path / name, model=tmp_path)
+        load_inputs(tmp_path / name, model_folder=tmp_path)
     assert name in str(caught.value)
 
 
@@ -178,7 +180,7 @@ def test_bad_tensors_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             load_inputs(path)
     with pytest.raises(DataError, match="at least 1"):
-        load_inputs(path, samples=0)
+        load_inputs(path, limit=0)
 
 
 def test_bad_image_folders_are_named(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_texts_need_a_tokenizer_and_transformers(tmp_path: Path, monkeypatch) ->
     with pytest.raises(DataError, match="need a model folder"):
         load_inputs(path)
     with pytest.raises(DataError, match="no tokenizer that transformers can load"):
-        load_inputs(path, model=tmp_path)
+        load_inputs(path, model_folder=tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DataError, match=r"pip install 'mergewell\[models\]'"):
-        load_inputs(path, model=tmp_path)
+        load_inputs(path, model_folder=tmp_path)

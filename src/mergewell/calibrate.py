@@ -42,33 +42,34 @@ class ImageFormat:
 
 
 def load_inputs(
-    path: Path,
+    path: str | Path,
     *,
-    model: Path | None = None,
-    samples: int | None = None,
+    model_folder: str | Path | None = None,
+    limit: int | None = None,
     tokens: int = 128,
     images: ImageFormat | None = None,
 ) -> Batch:
     """Return the inputs in a file or folder: one tensor, or tensors by argument name.
 
-    - `.jsonl`: a text (a string, or `{"text": ...}`) a line, tokenised with the tokenizer in the
-      folder `model`, padded and cut to `tokens`
+    - `.jsonl`: a text (a string, or `{"text": ...}`) a line, tokenised with the tokenizer in
+      `model_folder`, padded and cut to `tokens`
     - a folder: its images, in the order of their paths, under `images` or under what
-      `preprocessor_config.json` in `model` says; one tensor [N, 3, H, W]
+      `preprocessor_config.json` in `model_folder` says; one tensor [N, 3, H, W]
     - `.safetensors` or `.npz`: as they are (floats as float32), [N, ...] each; a file with a
       single tensor gives that tensor
 
-    With more than `samples` samples, that many are taken at even distances, so that a sorted file
+    With more than `limit` samples, that many are taken at even distances, so that a sorted file
     is covered whole.
 
     Raises:
         DataError: the path is missing, of another kind, empty or damaged; tensors differ in N; or
             tokenizer or image format cannot be found.
     """
-    if samples is not None and samples < 1:
-        raise DataError(f"{samples} samples were asked for; ask for at least 1.")
+    if limit is not None and limit < 1:
+        raise DataError(f"{limit} samples were asked for; ask for at least 1.")
+    path, model = Path(path), None if model_folder is None else Path(model_folder)
     if path.is_dir():
-        return _images(path, images or _image_format(model), samples)
+        return _images(path, images or _image_format(model), limit)
     if not path.is_file():
         raise DataError(f"There is no calibration data at {path}; give a file or a folder.")
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -76,7 +77,7 @@ def load_inputs(
         ".npz": _npz,
     }
     if path.suffix == ".jsonl":
-        return _tokenised(_spread(_texts(path), samples), path, model, tokens)
+        return _tokenised(_spread(_texts(path), limit), path, model, tokens)
     if path.suffix not in readers:
         raise DataError(
             f"{path} is no calibration data that mergewell reads: give a .jsonl of texts, a folder "
@@ -84,7 +85,7 @@ def load_inputs(
         )
     inputs = readers[path.suffix](path)
     count = _count(inputs, path)
-    index = torch.tensor(_spread(range(count), samples))
+    index = torch.tensor(_spread(range(count), limit))
     chosen = {name: _plain_dtype(tensor)[index] for name, tensor in inputs.items()}
     return next(iter(chosen.values())) if len(chosen) == 1 else chosen
 
@@ -135,9 +136,9 @@ def check_names(inputs: Batch, module: nn.Module) -> None:
             )
 
 
-def _spread(items: Any, samples: int | None) -> list[Any]:
+def _spread(items: Any, limit: int | None) -> list[Any]:
     total = len(items)
-    wanted = total if samples is None else min(samples, total)
+    wanted = total if limit is None else min(limit, total)
     return [items[index * total // wanted] for index in range(wanted)]
 
 
@@ -258,7 +259,7 @@ def _height_width(size: Any) -> tuple[int, int]:
     return (edge, edge) if edge else (size["height"], size["width"])
 
 
-def _images(folder: Path, form: ImageFormat, samples: int | None) -> Tensor:
+def _images(folder: Path, form: ImageFormat, limit: int | None) -> Tensor:
     try:
         image_module: Any = importlib.import_module("PIL.Image")
     except ImportError as error:
@@ -268,7 +269,7 @@ def _images(folder: Path, form: ImageFormat, samples: int | None) -> Tensor:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); add some.")
     mean, std = (torch.tensor(part)[:, None, None] for part in (form.mean, form.std))
     result: list[Tensor] = []
-    for path in _spread(found, samples):
+    for path in _spread(found, limit):
         try:
             with image_module.open(path) as image:
                 pixels = np.asarray(_resized(image.convert("RGB"), form))

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -75,6 +76,10 @@ WRITTEN = {
     "in place through a view": (lambda z: z.view(-1).relu_().view(2, 5), "relu"),
     "in place on the base of a view": (lambda z: (z.detach().relu_(), z)[1], "relu"),
     "dropout after": (nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), "tanh"),
+    "constant changed later": (
+        lambda z: (lambda c: (torch.sin(z * c), c.add_(1))[0])(torch.tensor(2.0)),
+        "custom",
+    ),
     "own": (lambda z: torch.sin(z), "custom"),
     "two": (lambda z: torch.tanh(F.relu(z)), "custom"),
 }
@@ -105,6 +110,12 @@ def test_the_module_comes_back_as_it_was_and_a_trace_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(found))
     z = torch.randn(3, 5)
     assert torch.equal(again.covered[0].activation(z), F.gelu(z))
+
+
+def test_casts_of_the_network_do_not_cost_precision_in_the_replay() -> None:
+    (layer,) = run(Net(lambda z: F.gelu(z.double()).float())).covered
+    z = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer.activation(z), F.gelu(z), rtol=0, atol=0)
 
 
 def test_inference_tensors_can_be_traced() -> None:
@@ -139,6 +150,22 @@ def test_convolutions_through_batch_norm_and_a_shared_activation() -> None:
     assert {x.activation.name for x in found.covered} == {"relu"}
     assert found.uncovered["c"] == "feeds a residual sum"
     assert "normalisation" in found.uncovered["norm_c"]
+
+
+def test_a_batch_norm_that_is_not_the_layer_s_alone() -> None:
+    class Seen(nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.function = function
+
+        def forward(self, x):
+            return self.function(self, x)
+
+    twice = run(Seen(lambda m, x: F.relu(m.norm(m.b(F.relu(m.norm(m.a(x))))))))
+    assert "norm is called more than once" in twice.uncovered["a"]
+    returned = run(Seen(lambda m, x: (lambda z: (z, F.relu(m.norm(z))))(m.a(x))))
+    assert "normalisation (batch_norm)" in returned.uncovered["a"]
 
 
 def test_a_batch_norm_that_holds_its_activation() -> None:
@@ -244,6 +271,7 @@ def test_torch_transformer_layers_are_seen_in_spite_of_their_fast_path() -> None
     names = [(x.layer, x.activation.name, x.nodes) for x in found.covered]
     assert names == [("layers.0.linear1", "gelu", 16), ("layers.1.linear1", "gelu", 16)]
     assert "outside" in found.uncovered["layers.0.self_attn.out_proj"]
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_other_layouts() -> None:
@@ -270,6 +298,15 @@ def test_other_layouts() -> None:
     deconvolution = nn.Sequential(nn.ConvTranspose1d(4, 7, 3), nn.ELU())
     (layer,) = run(deconvolution, 2, 4, 9).covered
     assert (layer.node_dim, layer.nodes, layer.activation.name) == (1, 7, "elu")
+
+
+def test_results_may_be_nested() -> None:
+    @dataclass
+    class Answer:
+        features: dict[str, list[torch.Tensor]]
+
+    found = run(Odd(lambda m, x: Answer({"y": [m.c(F.relu(m.a(x)))]})), 6, 6)
+    assert [layer.layer for layer in found.covered] == ["a"]
 
 
 def test_a_module_without_results_is_an_error() -> None:

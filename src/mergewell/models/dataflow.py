@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -51,13 +51,15 @@ def parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def tensors(tree: object) -> list[Tensor]:
-    """Return the tensors of nested tuples, lists and mappings, in order."""
+    """Return the tensors of nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, Mapping):
         return [t for part in tree.values() for t in tensors(part)]  # pyright: ignore
     if isinstance(tree, tuple | list):
         return [t for part in tree for t in tensors(part)]  # pyright: ignore
+    if is_dataclass(tree):
+        return [t for field in fields(tree) for t in tensors(getattr(tree, field.name))]
     return []
 
 
@@ -161,10 +163,6 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Record one operation and carry it out."""
         kwargs = kwargs or {}
-        with self:  # composite operations reach us whole where there are inference tensors
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
         inputs = [self.read(tensor) for tensor in tensors((args, kwargs))]
         held_args, held_kwargs = tree_map_only(Tensor, self._held, (args, dict(kwargs)))
         result = func(*args, **kwargs)

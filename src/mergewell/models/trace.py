@@ -127,11 +127,10 @@ class _Analysis:
         """Return covered layers in forward order, and a reason for everything else."""
         recorder = self._recorder
         uses: dict[str, list[Op]] = {}
-        for op in self._recorder.ops:
+        for op in recorder.ops:
             if any(value.is_data for value in op.inputs):
-                for owner in {
-                    recorder.owners[s] for v in op.inputs for s in recorder.states(v, op)
-                }:
+                states = {state for value in op.inputs for state in recorder.states(value, op)}
+                for owner in {recorder.owners[state] for state in states}:
                     uses.setdefault(owner, []).append(op)
         covered: list[tuple[int, ActivatedLayer]] = []
         uncovered: dict[str, str] = {}
@@ -262,7 +261,7 @@ class _Analysis:
                 same = geometry(made.tensor) == geometry(inside[0].tensor)
                 moved = () if same else ((op.name, repr(op.args[1:])),)
                 region.layout[made] = region.layout[inside[0]] + moved
-            elif alone and _is_pointwise(op, start):
+            elif alone and _is_pointwise(op):
                 made = source = op.outputs[0]
                 region.layout[made] = layout.pop()
             else:
@@ -322,12 +321,11 @@ def _common(sets: Sequence[set[Value]]) -> set[Value]:
     return sets[0].intersection(*sets[1:])
 
 
-def _is_pointwise(op: Op, start: Value) -> bool:
+def _is_pointwise(op: Op) -> bool:
     tags = op.function.tags if op.function is not None else ()
     random = torch.Tag.nondeterministic_seeded in tags
     tagged = torch.Tag.pointwise in tags or op.name in _POINTWISE_TOO
-    same_size = op.outputs[0].tensor.numel() == start.tensor.numel()
-    return tagged and not random and same_size and "out" not in op.kwargs
+    return tagged and not random and "out" not in op.kwargs
 
 
 def _replayable(region: _Region, start: Value, end: Value) -> Activation:
