@@ -96,6 +96,12 @@ def test_missing_and_unexpected_names_are_one_error() -> None:
         load_state(nn.Sequential(nn.Linear(1, 1)), filled(nn.Sequential(*[nn.Linear(1, 1)] * 2)))
 
 
+def test_two_tensors_never_fall_into_one() -> None:
+    state = filled(Base(), "module.") | {"layer.weight": torch.zeros(2, 3)}
+    with pytest.raises(ModelError, match="missing"):
+        load_state(Base(), state)
+
+
 def test_a_wrong_shape_is_an_error() -> None:
     state = filled(Base())
     state["layer.weight"] = torch.zeros(3, 3)
