@@ -88,6 +88,8 @@ def test_padding_does_not_count() -> None:
     found = value(dirty, F.gelu, keep=keep)
     gap = F.gelu(z.double()).mean(0) - F.gelu(z.double().mean(0))
     torch.testing.assert_close(found["node"], gap[keep.bool()].square().mean(0))
+    ensemble = F.gelu(z.double()).mean(0)[keep.bool()]
+    torch.testing.assert_close(found["energy"], ensemble.square().mean(0))
     norms = (gap * keep[..., None]).flatten(1).norm(dim=1)
     torch.testing.assert_close(found["absolute"], norms.sum() / 2)  # the third has no tokens
 
