@@ -13,8 +13,9 @@ import torch
 from mergewell.errors import PlanError
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
-from mergewell.recipe import Recipe, Rule
+from mergewell.recipe import LayerRange, Recipe, Rule
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
+from mergewell.storage.layers import LayerPiece, LayerStack
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import ShardLayout
 from mergewell.tensor_group import CHUNK
@@ -144,10 +145,10 @@ def make_plan(recipe: Recipe) -> Plan:
         CheckpointError: a file that is missing or damaged.
         PlanError: a recipe that does not fit its checkpoints.
     """
-    base = open_checkpoint(recipe.base) if recipe.base is not None else None
-    experts = tuple(open_checkpoint(expert.path, base=base) for expert in recipe.experts)
+    base = _open(recipe.base, recipe.base_layers) if recipe.base is not None else None
+    experts = tuple(_open(expert.path, expert.layers, base=base) for expert in recipe.experts)
     reference = base if base is not None else experts[0]
-    warnings = [*_compare_configs(reference, experts), *_same_paths(recipe)]
+    warnings = [*recipe.notes, *_compare_configs(reference, experts), *_same_paths(recipe)]
     used_rules: list[Rule] = []
     tasks: dict[str, TensorTask] = {}
     for name in (name for shard in reference.shards for name in shard.names):
@@ -172,6 +173,17 @@ def make_plan(recipe: Recipe) -> Plan:
     if not tasks:
         raise PlanError("The rules leave out every tensor; nothing would be written.")
     return Plan(recipe, base, experts, tasks, _layouts(reference, tasks), tuple(warnings))
+
+
+def _open(path: str, layers: Sequence[LayerRange], *, base: Checkpoint | None = None) -> Checkpoint:
+    """Open a model, or stack ranges of layers into one."""
+    if not layers:
+        return open_checkpoint(path, base=base)
+    paths = [piece.path if piece.path is not None else path for piece in layers]
+    opened = {path: open_checkpoint(path, base=base) for path in dict.fromkeys(paths)}
+    return LayerStack(
+        [LayerPiece(opened[p], r.start, r.stop) for p, r in zip(paths, layers, strict=True)]
+    )
 
 
 def _task(
@@ -297,11 +309,14 @@ def _compare_configs(reference: Checkpoint, experts: Sequence[Checkpoint]) -> li
 
 
 def _same_paths(recipe: Recipe) -> list[str]:
-    seen: dict[Path, str] = {}
+    seen: set[tuple[Path, tuple[LayerRange, ...]]] = set()
     warnings: list[str] = []
-    for path in [*([recipe.base] if recipe.base else []), *(e.path for e in recipe.experts)]:
-        real = Path(path).resolve()
+    models = [(expert.path, expert.layers) for expert in recipe.experts]
+    if recipe.base is not None:
+        models.insert(0, (recipe.base, recipe.base_layers))
+    for path, layers in models:
+        real = (Path(path).resolve(), layers)
         if real in seen:
             warnings.append(f"{path} is named twice.")
-        seen[real] = path
+        seen.add(real)
     return warnings

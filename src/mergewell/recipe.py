@@ -58,6 +58,27 @@ class MethodChoice(BaseModel):
         return METHODS.build(self.name, self.model_extra or {})
 
 
+class LayerRange(BaseModel):
+    """Layers [start, stop) of a model, counted from 0."""
+
+    model_config = _FROZEN
+
+    path: str | None = None
+    """A folder or file of weights; that of the expert (or base) when absent."""
+
+    start: Annotated[int, Field(ge=0)]
+    """The first layer."""
+
+    stop: Annotated[int, Field(ge=1)]
+    """The layer after the last."""
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Self:
+        if self.stop <= self.start:
+            raise ValueError(f"stop must be above start, {self.start}")
+        return self
+
+
 class Expert(BaseModel):
     """One fine-tuned model."""
 
@@ -68,6 +89,9 @@ class Expert(BaseModel):
 
     coefficient: float = 1.0
     """Scales the expert in the merge."""
+
+    layers: tuple[LayerRange, ...] = ()
+    """Ranges of layers that are stacked into one model; the model as it stands when absent."""
 
 
 class Rule(BaseModel):
@@ -98,6 +122,9 @@ class Recipe(BaseModel):
     base: str | None = None
     """The model that all experts were fine-tuned from."""
 
+    base_layers: tuple[LayerRange, ...] = ()
+    """Ranges of layers that are stacked into the base; the base as it stands when absent."""
+
     experts: Annotated[tuple[Expert, ...], Field(min_length=1)]
     """The experts, in order."""
 
@@ -112,6 +139,14 @@ class Recipe(BaseModel):
 
     dtype: DtypeName | None = None
     """Stored dtype of merged tensors; that of the base (or first expert) when absent."""
+
+    notes: tuple[str, ...] = ()
+    """What the recipe's maker wants said; the plan repeats it among its warnings."""
+
+    @property
+    def restacks(self) -> bool:
+        """True when the model that says which tensors there are is a stack of layer ranges."""
+        return bool(self.experts[0].layers if self.base is None else self.base_layers)
 
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches a tensor's name."""
@@ -138,7 +173,7 @@ class Recipe(BaseModel):
 
     def digest(self) -> str:
         """Return a short hash that is the same for equal recipes, defaults written out or not."""
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude={"notes"})
         for part, choice in [
             (data, self.method),
             *((data["rules"][i], rule.method) for i, rule in enumerate(self.rules)),
@@ -196,22 +231,34 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
-    recipe = make_recipe(cast("dict[str, Any]", data), where=str(file))
+    return beside(make_recipe(cast("dict[str, Any]", data), where=str(file)), file.parent)
+
+
+def beside(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with paths that were meant relative to `folder` as seen from here."""
+
+    def seen(path: str) -> str:
+        there = folder / path
+        return str(there) if not Path(path).is_absolute() and there.exists() else path
+
+    def seen_layers(ranges: tuple[LayerRange, ...]) -> tuple[LayerRange, ...]:
+        return tuple(
+            piece if piece.path is None else piece.model_copy(update={"path": seen(piece.path)})
+            for piece in ranges
+        )
+
     return recipe.model_copy(
         update={
-            "base": _beside(file, recipe.base) if recipe.base is not None else None,
+            "base": seen(recipe.base) if recipe.base is not None else None,
+            "base_layers": seen_layers(recipe.base_layers),
             "experts": tuple(
-                expert.model_copy(update={"path": _beside(file, expert.path)})
+                expert.model_copy(
+                    update={"path": seen(expert.path), "layers": seen_layers(expert.layers)}
+                )
                 for expert in recipe.experts
             ),
         }
     )
-
-
-def _beside(recipe_file: Path, path: str) -> str:
-    """Return a path as seen from here, if it was meant relative to the recipe's folder."""
-    there = recipe_file.parent / path
-    return str(there) if not Path(path).is_absolute() and there.exists() else path
 
 
 def recipe_from_flags(

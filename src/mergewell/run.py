@@ -88,13 +88,13 @@ def run(
                 if on_progress is not None:
                     on_progress(merged.tensor.nbytes)
             writer.finish(layout.file)
-        if not changed and len(pending) == len(plan.layouts):
+        if not changed and len(pending) == len(plan.layouts) and not plan.recipe.restacks:
             raise PlanError(
                 "The result equals the base in every tensor; check the coefficients, the density "
                 "and that the experts are not the base itself."
             )
         for file in plan.reference.side_files:
-            writer.add_file(file.name, file.read_bytes())
+            writer.add_file(file.name, plan.reference.side_file(file))
         return writer.commit(
             {
                 "recipe": plan.recipe.as_data(),

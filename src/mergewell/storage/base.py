@@ -83,6 +83,17 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         return found
 
+    def side_file(self, file: Path) -> bytes:
+        """Return the bytes of one of the `side_files`, as a model made from these tensors has it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); check it.") from error
+
     @property
     def content_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
