@@ -15,7 +15,7 @@ from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
 from mergewell.recipe import LayerRange, Recipe, Rule
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
-from mergewell.storage.layers import LayerPiece, LayerStack
+from mergewell.storage.layer_stack import LayerPiece, LayerStack
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import ShardLayout
 from mergewell.tensor_group import CHUNK

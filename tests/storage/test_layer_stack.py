@@ -16,7 +16,7 @@ from mergewell.plan import make_plan
 from mergewell.recipe import LayerRange, make_recipe
 from mergewell.run import run
 from mergewell.storage.checkpoint import open_checkpoint
-from mergewell.storage.layers import LayerPiece, LayerStack, find_layers
+from mergewell.storage.layer_stack import LayerPiece, LayerStack, find_layers
 
 
 def llama(seed: int, layers: int = 4) -> dict[str, Tensor]:
