@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
+from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss, Mode, measure_m_loss
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.models.output_gap import output_gap
-from mergewell.models.trace import Trace, trace
+from mergewell.models.trace import trace
 from mergewell.plan import Plan
 from mergewell.report.results import Check, Cutoffs
 from mergewell.report.results import LayerMLoss as LayerRow
 from mergewell.run import Values, measure_weights, merge_tensors
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.sign_conflict import SignConflict
+from mergewell.storage.base import Checkpoint
 
 _PRODUCTS = InnerProducts(of="base_and_task_vectors")
 _CONFLICT = SignConflict()
@@ -60,7 +63,10 @@ def check(
     if plan.base is None:
         raise RecipeError("A check compares experts with their base; name it with --base.")
     values = _weights(plan, on_step)
-    seen = _activations(plan, data, on_step) if data is not None else _Seen()
+    seen = _Seen()
+    if data is not None:
+        with one_thread_a_worker():
+            seen = _activations(plan, plan.base, data, on_step)
     evidence = Evidence(
         experts=tuple(names),
         products={name: value[_PRODUCTS]["products"] for name, value in values.items()},
@@ -83,8 +89,8 @@ def check(
         predictors=_flat(findings),
         verdict=_verdict(findings, len(names)),
         level=_worst(findings),
-        uncovered=tuple(seen.trace.uncovered),
-        uncovered_reasons=dict(seen.trace.uncovered),
+        uncovered=tuple(seen.uncovered),
+        uncovered_reasons=dict(seen.uncovered),
         findings=tuple(finding.as_data() for finding in findings),  # pyright: ignore[reportArgumentType]
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
     )
@@ -130,14 +136,15 @@ class _Seen:
     """What running the models showed."""
 
     layers: tuple[LayerMLoss, ...] = ()
-    trace: Trace = Trace((), {})  # noqa: RUF009 - frozen
+    uncovered: Mapping[str, str] = field(default_factory=dict[str, str])
     output_gap: float | None = None
 
 
-def _activations(plan: Plan, data: Data, on_step: OnStep | None) -> _Seen:
-    assert plan.base is not None
+def _activations(plan: Plan, base_weights: Checkpoint, data: Data, on_step: OnStep | None) -> _Seen:
+    """Run base, merged model and experts on the data."""
     experts = [build_module(data.factory, expert) for expert in plan.experts]
-    base = build_module(data.factory, plan.base)
+    base = data.factory()
+    left_out = load_state(base, base_weights).left_out
     merged = build_module(data.factory, dict(merge_tensors(plan)))
     coefficients = _simplex([expert.coefficient for expert in plan.recipe.experts])
     total = 2 * len(data.batches)
@@ -159,7 +166,8 @@ def _activations(plan: Plan, data: Data, on_step: OnStep | None) -> _Seen:
     )
     gap = output_gap(experts, merged, batches=data.batches, coefficients=coefficients)
     progress(total)
-    return _Seen(layers, traced, gap)
+    absent = dict.fromkeys(left_out, "not a part of the module that was built from these weights")
+    return _Seen(layers, {**traced.uncovered, **absent}, gap)
 
 
 def _simplex(coefficients: Sequence[float]) -> list[float]:
@@ -195,7 +203,8 @@ def _flat(findings: Sequence[Finding]) -> dict[str, float | tuple[tuple[float | 
     for finding in findings:
         for name, value in finding.predictors.items():
             if isinstance(value, Mapping):
-                flat |= {f"{name}:{expert}": number for expert, number in value.items()}
+                each = cast("Mapping[str, float]", value)
+                flat |= {f"{name}:{expert}": number for expert, number in each.items()}
             else:
                 flat[name] = value
     return flat

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
 from mergewell.errors import DataError, ModelError, did_you_mean
+from mergewell.models.dataflow import Batch
 from mergewell.models.ensemble import (
-    Batch,
     EnsembleKind,
     checked_kind,
     ensemble_outputs,
@@ -142,6 +143,7 @@ def evaluate(
     checked_kind(ensemble_kind)
     simplex(None, len(ensemble))
     _check(models, tasks, ensemble)
+    engine = make_engine()
     total = len(models) * sum(len(task.batches) for task in tasks)
     done = 0
     logits: dict[str, dict[str, Tensor]] = {task.name: {} for task in tasks}
@@ -150,7 +152,7 @@ def evaluate(
         module = models[name]
         for task in tasks:
             outputs: list[Tensor] = []
-            for output in _outputs(module, task.batches):
+            for output in _outputs(module, task.batches, engine):
                 outputs.append(output)
                 done += 1
                 if on_progress is not None:
@@ -277,15 +279,18 @@ def kl_divergence(logs: Tensor, other: Tensor) -> Tensor:
     return (logs.exp() * (logs - other)).sum(-1)
 
 
-def _outputs(module: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
+def _outputs(module: nn.Module, batches: Sequence[Batch], engine: Engine) -> Iterator[Tensor]:
     """Yield the outputs of a module in eval mode; the mode of each of its parts is restored."""
+
+    def run(batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return run_batch(module, batch).cpu()
+
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        for batch in batches:
-            with torch.inference_mode():
-                output = run_batch(module, batch).cpu()
-            yield output
+        with one_thread_a_worker():
+            yield from engine.imap(run, batches)
     finally:
         for part in training:
             part.training = True

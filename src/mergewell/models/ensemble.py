@@ -8,19 +8,17 @@ Shapes: K experts, N samples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mergewell.errors import ModelError, RecipeError
+from mergewell.models.dataflow import Batch, call
 
 EnsembleKind = Literal["features", "logits", "probabilities"]
 """What is averaged."""
-
-Batch = Mapping[str, Tensor] | Tensor
-"""One batch of inputs: a tensor, or tensors by the names of the module's arguments."""
 
 TOLERANCE = 1e-4
 """How far the coefficients of an ensemble may sum from 1 (papers.md 1.2)."""
@@ -123,7 +121,7 @@ def run_batch(module: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ModelError: the module returns something else.
     """
-    output: object = module(**batch) if isinstance(batch, Mapping) else module(batch)
+    output: object = call(module, batch)
     if not isinstance(output, Tensor):
         raise ModelError(
             f"{type(module).__name__} returns {type(output).__name__} and not a tensor; wrap it in "
