@@ -21,3 +21,13 @@ def test_coefficients_one_over_k_at_scale_one_reduce_to_the_average() -> None:
     group = TensorGroup("w", experts, torch.full((4,), 0.25, dtype=torch.float64), base)
     expected = Average().merge(group)
     torch.testing.assert_close(TaskArithmetic(scale=1.0).merge(group), expected)
+
+
+def test_divisors() -> None:
+    base = torch.zeros(1)
+    tensors = TensorGroup("w", (base + 4, base + 2), torch.tensor([1.0, 3.0]), base)
+    assert TaskArithmetic(scale=1.0).merge(tensors).tolist() == [10.0]
+    assert TaskArithmetic(scale=1.0, divide="count").merge(tensors).tolist() == [5.0]
+    assert TaskArithmetic(scale=1.0, divide="coefficients").merge(tensors).tolist() == [2.5]
+    opposed = TensorGroup("w", (base + 4, base + 2), torch.tensor([1.0, -1.0]), base)
+    assert TaskArithmetic(scale=1.0, divide="coefficients").merge(opposed).tolist() == [2.0]

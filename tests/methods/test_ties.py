@@ -57,3 +57,19 @@ def test_each_expert_may_have_its_own_density() -> None:
     tensors = group([4, -3, 1, 0.5], [4, 3, 2, 1])
     # keeps [4, 0, 0, 0] and [4, 3, 2, 0]
     assert Ties(density=(0.25, 0.75)).merge(tensors).tolist() == [14.0, 13.0, 12.0, 10.0]
+
+
+def test_mergekit_votes_count_a_negative_coefficient_as_the_opposite_sign() -> None:
+    tensors = group([2.0], [1.0], coefficients=[-1.0, 1.0])
+    # weighted votes -2 and 1 elect minus; only the first agrees: -2 / -1 with its coefficient
+    weighted = Ties(density=1.0, votes="weighted", divide="coefficients")
+    assert weighted.merge(tensors).tolist() == [12.0]
+
+
+def test_rescaling_restores_the_l1_norm_and_adding_up_does_not_elect() -> None:
+    tensors = group([4, -3, 1, 2], [4, -3, 1, -2])
+    rescaled = Ties(density=0.5, rescale="norm").merge(tensors)
+    torch.testing.assert_close(rescaled, torch.tensor([10 + 4 / 0.7, 10 - 3 / 0.7, 10, 10]))
+    assert Ties(density=1.0, combine="sum").merge(tensors).tolist() == [18, 4, 12, 10]
+    halved = Ties(density=1.0, combine="sum", divide="coefficients").merge(tensors)
+    assert halved.tolist() == [14, 7, 11, 10]

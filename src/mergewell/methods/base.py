@@ -7,9 +7,9 @@ merged tensor. It computes in the dtype it is given and never casts.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ __all__ = [
     "Probability",
     "TensorGroup",
     "for_each",
+    "needs_by",
 ]
 
 Granularity = Literal["element", "row", "matrix"]
@@ -44,6 +45,24 @@ class Needs:
 
     granularity: Granularity = "element"
     """The smallest piece on which the method may be run: "row" means whole rows (dimension 0)."""
+
+
+class _NeedsBy:
+    """Needs that follow from a method's parameters; of the class, those at the defaults."""
+
+    def __init__(self, of: Callable[[Any], Needs]) -> None:
+        self.of = of
+
+    def __get__(self, method: MergeMethod | None, cls: type[MergeMethod]) -> Needs:
+        return self.of(cls() if method is None else method)
+
+
+def needs_by(of: Callable[[Any], Needs]) -> Needs:
+    """Return needs that depend on the method's parameters: write `needs = needs_by(...)`.
+
+    Reading `needs` of a method gives `of(method)`, of its class what the defaults need.
+    """
+    return cast("Needs", _NeedsBy(of))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 
 from mergewell.methods import ops
-from mergewell.methods.base import Fractions, Laws, for_each, MergeMethod, Needs, TensorGroup
+from mergewell.methods.base import Fractions, Laws, TensorGroup, for_each
 from mergewell.statistics.kept_norm import KeptNorm
 
 
-class Dare(MergeMethod):
+class Dare(ops.SparseMerge):
     """Drop task-vector entries at random, rescale the rest, and add or elect.
 
     Paper: Yu et al. 2024, "Language models are super Mario", arXiv:2311.03099, section 3.
     Departures: `density` is the fraction kept, 1 - p in the paper. The masks depend on the seed,
     the tensor's name, the expert's place and the entry's position alone, so they are the same for
     every run, block size and number of threads.
+    mergekit's dare_linear and dare_ties: combine="sum" or "agreeing", rescale="norm" ("none" for
+    rescale: false), votes="weighted", divide="none" ("coefficients" for normalize: true), scale
+    for lambda; its masks come from torch's global generator, so parity is in distribution.
     """
 
     paper: ClassVar[str] = "arXiv:2311.03099"
-    needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         order_free="each expert's mask is drawn by its place in the recipe.",
-        neutral={"density": 1.0, "scale": 1.0, "combine": "agreeing"},
+        neutral={**ops.NEUTRAL_SPARSE, "elect": "mass"},
     )
 
     density: Fractions = 0.5
@@ -35,34 +37,21 @@ class Dare(MergeMethod):
     rescale: Literal["density", "norm", "none"] = "density"
     """Divide what is kept by the density (paper), restore its L1 norm (mergekit), or neither."""
 
-    combine: Literal["sum", "agreeing"] = "agreeing"
-    """Add the task vectors up, or elect signs and average those that agree (DARE-TIES)."""
-
-    scale: float = 1.0
-    """Factor on the merged task vector."""
-
     def statistics(self) -> Sequence[KeptNorm]:
         """Return the norms that `rescale="norm"` restores."""
-        return (KeptNorm(density=self.density),) if self.rescale == "norm" else ()
+        return (self._kept(),) if self.rescale == "norm" else ()
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        """Return the base plus the scaled combination of the thinned task vectors."""
-        kept = [self._thin(group, expert) for expert in range(len(group.experts))]
-        if self.combine == "sum":
-            merged = ops.weighted_sum(group.coefficients, kept)
-        else:
-            merged = ops.combine_agreeing(group, kept, ops.elect_sign(kept, "mass"), "count")
-        return group.required_base + self.scale * merged
+    def thin(self, group: TensorGroup) -> list[Tensor]:
+        """Return the task vectors with entries dropped at random, the rest rescaled."""
+        kept: list[Tensor] = []
+        densities = for_each(self.density, len(group.experts))
+        for expert, (tau, density) in enumerate(zip(group.task_vectors, densities, strict=True)):
+            if density < 1.0:
+                tau = torch.where(self._kept().keep(group, expert), tau, 0.0)
+            kept.append(tau / density if self.rescale == "density" else tau)
+        if self.rescale != "norm":
+            return kept
+        return ops.restore_norms(kept, group.statistic(self._kept()))
 
-    def _thin(self, group: TensorGroup, expert: int) -> Tensor:
-        tau = group.task_vectors[expert]
-        density = for_each(self.density, len(group.experts))[expert]
-        if density < 1.0:
-            tau = torch.where(group.uniform(expert) < density, tau, 0.0)
-        if self.rescale == "density":
-            return tau / density
-        if self.rescale == "none":
-            return tau
-        norms = group.statistic(self.statistics()[0])
-        whole, kept = norms["whole"][expert], norms["kept"][expert]
-        return tau * torch.where(kept == 0, 1.0, whole / kept).to(tau.dtype)
+    def _kept(self) -> KeptNorm:
+        return KeptNorm(density=self.density)

@@ -5,17 +5,20 @@ Shapes: K experts; `task_vectors` are K tensors of one shape.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mergewell.statistics.magnitude import MagnitudeThreshold, kept_count, magnitude_key
-from mergewell.tensor_group import CHUNK, TensorGroup
+from mergewell.methods.base import MergeMethod, Needs
+from mergewell.statistics.magnitude import MagnitudeThreshold, kept_count
+from mergewell.statistics.ops import rows_of
+from mergewell.tensor_group import TensorGroup, Value
 
 Vote = Literal["mass", "count"]
-Divide = Literal["count", "coefficients", "none"]
+Divide = Literal["usual", "count", "coefficients", "none"]
 
 
 def weighted_sum(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -40,15 +43,7 @@ def largest(group: TensorGroup, expert: int, threshold: MagnitudeThreshold) -> T
     Equal magnitudes at the threshold are kept from the front of the tensor until the number is
     reached (tensors in the order of their names when the threshold is one for the whole model).
     """
-    value = group.statistic(threshold)
-    key = magnitude_key(group.task_vectors[expert])
-    cut = value["key"][expert]
-    if "ties_before" not in value:
-        return key >= cut
-    tied = key == cut
-    before = value["ties_before"][expert, group.offset // CHUNK]
-    position = tied.flatten().cumsum(0).view(tied.shape) + before
-    return (key > cut) | (tied & (position <= value["ties_kept"][expert]))
+    return threshold.mask(group, group.statistic(threshold), expert)
 
 
 def trim(group: TensorGroup, threshold: MagnitudeThreshold | None) -> list[Tensor]:
@@ -61,16 +56,34 @@ def trim(group: TensorGroup, threshold: MagnitudeThreshold | None) -> list[Tenso
     ]
 
 
+def ranks_in_rows(rows: Tensor) -> Tensor:
+    """Return each entry's place in its row by magnitude, 0 the largest, ties from the front.
+
+    rows and result: [rows, length].
+    """
+    order = rows.abs().sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(rows.shape[1], device=rows.device).expand_as(order).contiguous()
+    return torch.zeros_like(order).scatter_(1, order, places)
+
+
 def trim_rows(tensor: Tensor, density: float) -> Tensor:
     """Return `tensor` with only the largest entries of each row kept; vectors are one row.
 
     Keeps floor(density * length) entries a row, at least one; ties from the front.
     """
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    kept = kept_count(density, rows.shape[1])
-    order = rows.abs().sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True)
+    rows = rows_of(tensor)
+    mask = ranks_in_rows(rows) < kept_count(density, rows.shape[1])
     return torch.where(mask, rows, 0.0).reshape(tensor.shape)
+
+
+def restore_norms(task_vectors: Sequence[Tensor], norms: Value) -> list[Tensor]:
+    """Return thinned task vectors times ||whole||_1 / ||kept||_1; nothing kept stays nothing.
+
+    norms: `whole` and `kept`, [K] each.
+    """
+    whole, kept = norms["whole"], norms["kept"]
+    factors = torch.where(kept == 0, 1.0, whole / torch.where(kept == 0, 1.0, kept))
+    return [tau * f.to(tau.dtype) for tau, f in zip(task_vectors, factors, strict=True)]
 
 
 def elect_sign(votes: Sequence[Tensor], vote: Vote) -> Tensor:
@@ -80,19 +93,86 @@ def elect_sign(votes: Sequence[Tensor], vote: Vote) -> Tensor:
     return torch.where(summed >= 0, torch.ones_like(summed), -torch.ones_like(summed))
 
 
+def divided(summed: Tensor, divisor: Tensor) -> Tensor:
+    """Return summed / divisor, and summed itself where the divisor is 0."""
+    return torch.where(divisor == 0, summed, summed / torch.where(divisor == 0, 1.0, divisor))
+
+
 def combine_agreeing(
-    group: TensorGroup, task_vectors: Sequence[Tensor], elected: Tensor, divide: Divide
+    group: TensorGroup,
+    task_vectors: Sequence[Tensor],
+    elected: Tensor,
+    divide: Divide,
+    *,
+    votes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Return the coefficient-weighted sum over entries of the elected sign, divided as asked.
 
-    Zeros never agree. Where nobody agrees the result is 0.
+    An expert agrees where its vote has the elected sign; votes are the task vectors themselves
+    unless given. Zeros never agree. Where nobody agrees the result is 0.
     """
     summed = torch.zeros_like(elected)
     divisor = torch.zeros_like(elected)
-    for coefficient, tau in zip(group.coefficients, task_vectors, strict=True):
-        agrees = (tau.sign() == elected).to(tau.dtype)
+    cast = task_vectors if votes is None else votes
+    for coefficient, tau, vote in zip(group.coefficients, task_vectors, cast, strict=True):
+        agrees = (vote.sign() == elected).to(tau.dtype)
         summed = summed + coefficient * (tau * agrees)
-        divisor = divisor + (agrees if divide == "count" else coefficient * agrees)
-    if divide == "none":
-        return summed
-    return torch.where(divisor == 0, summed, summed / torch.where(divisor == 0, 1.0, divisor))
+        divisor = divisor + (coefficient * agrees if divide == "coefficients" else agrees)
+    return summed if divide == "none" else divided(summed, divisor)
+
+
+def add_up(group: TensorGroup, task_vectors: Sequence[Tensor], divide: Divide) -> Tensor:
+    """Return sum_k c_k tau_k; divided by K, by sum_k c_k (unless it is below 1e-8), or not."""
+    summed = weighted_sum(group.coefficients, task_vectors)
+    if divide == "count":
+        return summed / len(task_vectors)
+    if divide == "coefficients":
+        divisor = total(list(group.coefficients))
+        return summed / divisor if abs(float(divisor)) >= 1e-8 else summed
+    return summed
+
+
+class SparseMerge(MergeMethod):
+    """A method that thins every task vector out, then adds up or averages what agrees in sign.
+
+    A subclass says in `thin` what is left of the task vectors. What mergekit calls normalize is
+    `divide="coefficients"`, its lambda is `scale`; it elects with `votes="weighted"`.
+    """
+
+    needs: ClassVar[Needs] = Needs(base=True)
+
+    combine: Literal["sum", "agreeing"] = "agreeing"
+    """Add the task vectors up, or elect a sign for each entry and average those that agree."""
+
+    elect: Vote = "mass"
+    """Elect the sign with the larger total magnitude, or with more experts."""
+
+    votes: Literal["plain", "weighted"] = "plain"
+    """Vote with the task vectors as they are (papers) or times their coefficients (mergekit)."""
+
+    divide: Divide = "usual"
+    """Divide by the number of experts (of those that agree), by the sum of their coefficients, or
+    not at all; usual: by the number that agree, and not at all when all are added up."""
+
+    scale: float = 1.0
+    """Factor on the merged task vector."""
+
+    @abstractmethod
+    def thin(self, group: TensorGroup) -> list[Tensor]:
+        """Return the K task vectors with what is to be dropped set to zero, rescaled."""
+
+    def merge(self, group: TensorGroup) -> Tensor:
+        """Return the base plus the scaled combination of the thinned task vectors."""
+        thinned = self.thin(group)
+        if self.combine == "sum":
+            return group.required_base + self.scale * add_up(group, thinned, self.divide)
+        votes = thinned
+        if self.votes == "weighted":
+            votes = [c * tau for c, tau in zip(group.coefficients, thinned, strict=True)]
+        elected = elect_sign(votes, self.elect)
+        merged = combine_agreeing(group, thinned, elected, self.divide, votes=votes)
+        return group.required_base + self.scale * merged
+
+
+NEUTRAL_SPARSE = {"density": 1.0, "scale": 1.0, "combine": "agreeing", "divide": "usual"}
+"""Parameters of a `SparseMerge` at which one expert, or equal ones, come back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,20 +17,24 @@ class TaskArithmetic(MergeMethod):
 
     Paper: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv:2212.04089, section 2.
     Departures: `scale` multiplies the sum; papers that scale the mean use scale = c / K.
+    mergekit's task_arithmetic: scale for lambda (1.0 unless given), divide="coefficients" for
+    normalize: true.
     """
 
     paper: ClassVar[str] = "arXiv:2212.04089"
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal task vectors add up to K times one; coefficients 1/K average them.",
-        neutral={"scale": 1.0},
+        neutral={"scale": 1.0, "divide": "none"},
     )
 
     scale: float = 0.3
     """Factor on the sum of the task vectors; 0.3 to 0.4 suits 4 to 8 experts."""
 
+    divide: Literal["none", "coefficients", "count"] = "none"
+    """Divide the sum by the coefficients' sum (unless that is below 1e-8), by K, or not at all."""
+
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled sum of the task vectors."""
-        return group.required_base + self.scale * ops.weighted_sum(
-            group.coefficients, group.task_vectors
-        )
+        summed = ops.add_up(group, group.task_vectors, self.divide)
+        return group.required_base + self.scale * summed

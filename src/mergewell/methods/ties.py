@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mergewell.methods import ops
-from mergewell.methods.base import Fractions, Laws, MergeMethod, Needs, TensorGroup
-from mergewell.statistics.magnitude import MagnitudeThreshold
+from mergewell.methods.base import Fractions, Laws, TensorGroup
+from mergewell.statistics.magnitude import MagnitudeNorms, MagnitudeThreshold
 
 
-class Ties(MergeMethod):
+class Ties(ops.SparseMerge):
     """Trim small changes, elect one sign for each entry, average the task vectors that agree.
 
     Paper: Yadav et al. 2023, "TIES-Merging", arXiv:2306.01708, section 4, algorithm 1.
@@ -20,13 +20,14 @@ class Ties(MergeMethod):
     the tensor, where the paper's code keeps all that tie; a draw elects plus, where the paper's
     code takes the commonest sign of the whole model (it matters only where entries cancel to 0).
     The paper trims over the whole model (`trim_scope="model"`), other tools over each tensor.
+    mergekit's ties: density 1.0 unless given, votes="weighted", divide="coefficients"
+    (normalize: true) or "none", scale for lambda, rescale="norm" for rescale: true.
     """
 
     paper: ClassVar[str] = "arXiv:2306.01708"
-    needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         # a draw elects plus whichever way the models are turned: by count it happens often
-        neutral={"density": 1.0, "scale": 1.0, "divide": "count", "elect": "mass"}
+        neutral={**ops.NEUTRAL_SPARSE, "elect": "mass"}
     )
 
     density: Fractions = 0.2
@@ -35,30 +36,20 @@ class Ties(MergeMethod):
     trim_scope: Literal["tensor", "model"] = "tensor"
     """Keep the largest entries of each tensor, or of the whole model (paper)."""
 
-    elect: ops.Vote = "mass"
-    """Elect the sign with the larger total magnitude (paper) or with more experts."""
-
-    votes: Literal["plain", "weighted"] = "plain"
-    """Vote with the task vectors as they are (paper) or times their coefficients (mergekit)."""
-
-    divide: ops.Divide = "count"
-    """Divide by the number that agree (paper), by the sum of their coefficients, or not at all."""
-
-    scale: float = 1.0
-    """Factor on the merged task vector."""
+    rescale: Literal["none", "norm"] = "none"
+    """Leave what is kept as it is (paper), or restore each task vector's L1 norm."""
 
     def statistics(self) -> Sequence[MagnitudeThreshold]:
         """Return the exact threshold of the trimming; nothing is trimmed at density 1."""
         if self.density == 1.0:
             return ()
-        return (MagnitudeThreshold(density=self.density, scope=self.trim_scope),)
+        kind = MagnitudeNorms if self.rescale == "norm" else MagnitudeThreshold
+        return (kind(density=self.density, scope=self.trim_scope),)
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        """Return the base plus the scaled mean of what agrees."""
-        trimmed = ops.trim(group, next(iter(self.statistics()), None))
-        votes = trimmed
-        if self.votes == "weighted":
-            votes = [c * tau for c, tau in zip(group.coefficients, trimmed, strict=True)]
-        elected = ops.elect_sign(votes, self.elect)
-        merged = ops.combine_agreeing(group, trimmed, elected, self.divide)
-        return group.required_base + self.scale * merged
+    def thin(self, group: TensorGroup) -> list[Tensor]:
+        """Return the task vectors with all but their largest entries set to zero."""
+        threshold = next(iter(self.statistics()), None)
+        trimmed = ops.trim(group, threshold)
+        if threshold is None or self.rescale == "none":
+            return trimmed
+        return ops.restore_norms(trimmed, group.statistic(threshold))
