@@ -33,7 +33,7 @@ test: $(INSTALLED)  ## the fast tests, under three minutes
 	$(RUN) $(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)  ## the others: browser, kills, large files (needs chromium)
-	$(RUN) $(BIN)/python -m pytest -m slow
+	$(RUN) $(BIN)/python -m pytest -m slow --durations=10
 
 check: $(INSTALLED)  ## lint, format, types, layers, sizes
 	$(BIN)/ruff check .

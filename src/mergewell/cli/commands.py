@@ -240,7 +240,7 @@ def methods(name: str | None, *, as_json: bool) -> None:
     """List methods or show one."""
     names = METHODS.names() if name is None else (METHODS.get(name).component_name(),)
     if as_json:
-        _print_json({"version": 1, "methods": [_method(each) for each in names]})
+        _print_json({"version": 1, "methods": [describe_method(each) for each in names]})
         return
     if name is None:
         for each in names:
@@ -252,12 +252,13 @@ def methods(name: str | None, *, as_json: bool) -> None:
     print(f"{name}\n")
     print(inspect.cleandoc(METHODS.get(name).__doc__ or ""))
     print("\nParameters (--set NAME=VALUE, or keys under `method:` in a recipe):")
-    for parameter in _method(name)["parameters"]:
+    for parameter in describe_method(name)["parameters"]:
         print(f"  {parameter['name']} = {parameter['default']}    {parameter['type']}")
         print(f"      {parameter['help']}")
 
 
-def _method(name: str) -> dict[str, Any]:
+def describe_method(name: str) -> dict[str, Any]:
+    """Return what is known of a method, as plain data."""
     cls = METHODS.get(name)
     return {
         "name": name,

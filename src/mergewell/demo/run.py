@@ -152,7 +152,7 @@ def _results(
         {
             "title": suite.name,
             "tasks": [task.name for task in suite.tasks],
-            "models": {"base": str(suite.base), "experts": list(suite.experts)},
+            "models": {"base": _label(suite.base), "experts": list(suite.experts)},
             "accuracy": {
                 "base": _values(models["base"].accuracy),
                 "expert": _values(own),
@@ -204,6 +204,11 @@ def _results(
             "examples": dict(evaluation.examples),
         }
     )
+
+
+def _label(base: Path) -> str:
+    """Return a base's file name, or its folder's where the file is called as all are."""
+    return base.parent.name if base.name == "model.safetensors" else base.name
 
 
 def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:

@@ -10,7 +10,8 @@ from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, level_of
 class TaskVectors(Diagnostic):
     """How far did the experts move, equally far, and in the same direction?
 
-    Relative norm ||tau_k|| / ||theta_0||, dispersion max / min of it, cosines of the task vectors.
+    Relative norm ||tau_k|| / ||theta_0|| over the tensors that some expert moved, dispersion
+    max / min of it, cosines of the task vectors.
 
     Paper: Ilharco et al. 2023, arXiv:2212.04089, section 3 (cosines); the dispersion that CORAM
     calls D, low at 1.3 to 3.5 and high near 16.
@@ -19,7 +20,9 @@ class TaskVectors(Diagnostic):
 
     def measure(self, evidence: Evidence) -> Finding:
         """Return the norms' dispersion as the value, norms and cosines as predictors."""
-        summed = torch.stack(list(evidence.products.values())).sum(0)
+        # tensors that no expert moved (such as BatchNorm's running variances) would drown the rest
+        moved = [p for p in evidence.products.values() if bool((p.diagonal()[1:] > 0).any())]
+        summed = torch.stack(moved or list(evidence.products.values())).sum(0)
         norms = summed.diagonal().clamp(min=0).sqrt()
         whole = float(norms[0]) or 1.0
         relative = [float(norm) / whole for norm in norms[1:]]

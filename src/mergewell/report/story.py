@@ -132,8 +132,8 @@ def layer_sentence(layers: Sequence[LayerMLoss]) -> str:
         return "Merging changes no layer’s output: the experts are the same where it was measured."
     middle = median(layer.relative for layer in layers)
     return (
-        f"In half of the {len(layers)} layers, merging changes the output by less than "
-        f"{percent(middle)}; at most by {percent(worst.relative)}, in {worst.layer}."
+        f"Merging changes the output of the median of {len(layers)} layers by "
+        f"{percent(middle, 2)}; at most by {percent(worst.relative, 2)}, in {worst.layer}."
     )
 
 
