@@ -1,5 +1,7 @@
 """The exact threshold against a sort, cut and joined in every way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,12 +64,9 @@ def test_scope_model_shares_one_budget_and_breaks_ties_in_the_order_of_names() -
     statistic = MagnitudeThreshold(density=0.7, scope="model")  # floor(0.7 * 6) = 4 of 6 entries
     values = statistic.measure(groups)
     masks = [
-        ops.largest(
-            TensorGroup(g.name, g.experts, g.coefficients, g.base, statistics={statistic: values[g.name]}),
-            0, statistic,
-        ).tolist()
+        ops.largest(replace(g, statistics={statistic: values[g.name]}), 0, statistic).tolist()
         for g in groups
-    ]  # fmt: skip
+    ]
     assert masks == [[True, True], [True, False, False, True]]
 
 
