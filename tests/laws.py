@@ -105,10 +105,7 @@ def can_be_cut_into_blocks(method: MergeMethod) -> None:
     size = 5 if method.needs.granularity == "row" else 7
     # as the executor does: blocks of elements are flat, blocks of rows keep their shape
     seen = whole if method.needs.granularity == "row" else flat_group(whole)
-    values = {
-        statistic: statistic.measure([seen])[whole.name]
-        for statistic in method.statistics()
-    }
+    values = {statistic: statistic.measure([seen])[whole.name] for statistic in method.statistics()}
     parts: list[Tensor] = []
     for start in range(0, 30, size):
         cut = slice(start, start + size)

@@ -132,6 +132,76 @@ def add_up(group: TensorGroup, task_vectors: Sequence[Tensor], divide: Divide) -
     return summed
 
 
+def zero_sum(coefficients: Sequence[float]) -> str:
+    """Return the objection to coefficients that cannot be divided by their sum, or nothing."""
+    if abs(sum(coefficients)) < 1e-8:
+        return "coefficients sum to 0; change one"
+    return ""
+
+
+def arc_weights(products: Sequence[Tensor], t: float, parallel: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of two vectors that give the point at `t` on the arc between them.
+
+    The straight line is taken where |cosine| >= parallel or a vector is 0.
+    products: <x, x>, <x, y>, <y, y>, of any one shape, float64; so are the factors.
+    """
+    first, cross, second = products
+    norms = (first * second).sqrt()
+    zero = norms == 0
+    cosine = torch.where(zero, 1.0, cross / torch.where(zero, 1.0, norms)).clamp(-1, 1)
+    straight = zero | (cosine.abs() >= parallel)
+    angle = torch.where(straight, 0.0, cosine).arccos()
+    left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / angle.sin())
+    right = torch.where(straight, t, (t * angle).sin() / angle.sin())
+    return left, right
+
+
+def sphere_weights(
+    products: Tensor, shares: Tensor, *, iterations: int, tolerance: float
+) -> Tensor:
+    """Return w such that sum_k w_k x_k has the mean direction of the x_k and their mean length.
+
+    The direction is their Karcher mean on the unit sphere: from the normalised mean of the unit
+    vectors, `iterations` steps along the mean of the logarithms, until a step is shorter than
+    `tolerance`. All of it happens in the span of the x_k, so inner products suffice and the
+    vectors themselves are never held. Zero vectors have no direction. Where the directions
+    cancel, and for a single vector, the shares themselves are returned: the straight line.
+
+    products: [K, K], float64; shares: [K]; result: [K], float64.
+    """
+    shares = shares.to(torch.float64)
+    norms = products.diagonal().sqrt()
+    moved = norms > 0
+    inverse = torch.where(moved, 1 / torch.where(moved, norms, 1.0), 0.0)
+    cosines = products * inverse[:, None] * inverse
+    alphas = torch.where(moved, shares, 0.0)
+    if len(shares) == 1 or float(alphas.sum().abs()) < 1e-8:
+        return shares
+    alphas = alphas / alphas.sum()
+
+    def length(vector: Tensor) -> Tensor:
+        return ((cosines * vector).sum(1) * vector).sum().clamp(min=0).sqrt()
+
+    if float(length(alphas)) < max(tolerance, 1e-8):
+        return shares
+    mean = alphas / length(alphas)
+    for _ in range(iterations):
+        dots = (cosines * mean).sum(1).clamp(-1, 1)
+        angle = dots.arccos()
+        # at the vector itself the factor is 1, at its antipode there is no way to choose
+        ends = torch.where(angle < 1, 1.0, 0.0)
+        near = angle.sin() < 1e-7
+        factor = torch.where(near, ends, angle / torch.where(near, 1.0, angle.sin()))
+        pull = alphas * factor * moved
+        step = pull - (pull * dots).sum() * mean
+        size = length(step)
+        if float(size) < tolerance:
+            break
+        mean = size.cos() * mean + size.sin() * (step / size)
+        mean = mean / length(mean)
+    return (shares * norms).sum() * mean * inverse
+
+
 class SparseMerge(MergeMethod):
     """A method that thins every task vector out, then adds up or averages what agrees in sign.
 

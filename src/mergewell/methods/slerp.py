@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from mergewell.methods import ops
 from mergewell.methods.base import Laws, MergeMethod, Needs, Probability, TensorGroup
 from mergewell.statistics.inner_products import InnerProducts
 
@@ -20,8 +20,9 @@ class Slerp(MergeMethod):
     theta = sin((1 - t) w) / sin(w) theta_1 + sin(t w) / sin(w) theta_2, w the angle between them.
 
     Paper: Shoemake 1985, "Animating rotation with quaternion curves", SIGGRAPH, section 3.3.
-    Departures: falls back to the straight line where |cos w| > `parallel` or a tensor is 0; the
+    Departures: falls back to the straight line where |cos w| >= `parallel` or a tensor is 0; the
     angle is that of the whole flattened tensor, summed in float64. Coefficients are not used.
+    mergekit's slerp: the defaults, its base_model as the first expert.
     """
 
     paper: ClassVar[str] = "doi:10.1145/325165.325242"
@@ -36,7 +37,7 @@ class Slerp(MergeMethod):
     """Position on the arc: 0 is the first expert, 1 the second."""
 
     parallel: Probability = 0.9995
-    """Absolute cosine above which the straight line is taken."""
+    """Absolute cosine from which on the straight line is taken."""
 
     def statistics(self) -> Sequence[InnerProducts]:
         """Return the inner products that give the angle."""
@@ -46,11 +47,6 @@ class Slerp(MergeMethod):
         """Return the point at `t` on the arc from the first expert to the second."""
         first, second = group.experts
         products = group.statistic(_PRODUCTS)["products"]
-        norms = (products[0, 0] * products[1, 1]).sqrt()
-        cosine = (products[0, 1] / norms).clamp(-1, 1) if norms > 0 else torch.tensor(1.0)
-        if cosine.abs() > self.parallel:
-            return (1 - self.t) * first + self.t * second
-        angle = cosine.arccos()
-        left = ((1 - self.t) * angle).sin() / angle.sin()
-        right = (self.t * angle).sin() / angle.sin()
+        sides = (products[0, 0], products[0, 1], products[1, 1])
+        left, right = ops.arc_weights(sides, self.t, self.parallel)
         return left.to(first.dtype) * first + right.to(first.dtype) * second
