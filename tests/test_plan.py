@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import recipe_of
-from toys import family, save, tensors
+from toys import family, recipe_of, save, tensors
 
 from mergewell.errors import CheckpointError, PlanError
 from mergewell.plan import make_plan

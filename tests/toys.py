@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mergewell.recipe import Recipe, make_recipe
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "embed.weight": (400, 200),
@@ -63,3 +65,17 @@ def save(
     text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(text)
     return folder
+
+
+def recipe_of(
+    base: Path, experts: Sequence[Path], method: Mapping[str, object], **more: object
+) -> Recipe:
+    """Return the recipe that merges these folders."""
+    return make_recipe(
+        {
+            "base": str(base),
+            "experts": [{"path": str(e)} for e in experts],
+            "method": method,
+            **more,
+        }
+    )
