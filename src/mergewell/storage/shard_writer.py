@@ -6,8 +6,8 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from mergewell.storage.header import build_header
 from mergewell.storage.manifest import Algorithm, OutputFile
 from mergewell.storage.ordered_hash import OrderedHash
 from mergewell.storage.spec import TensorSpec
-from mergewell.storage.staging import Staging, take_lock
+from mergewell.storage.staging import DoneRecord, Staging, take_lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class ShardLayout:
 class ShardWriter:
     """Writes one file of an output; any process may, if each takes another file.
 
-    A process that works without a `CheckpointWriter` calls `Staging.join` first.
+    A process that works without a `CheckpointWriter` shares `Staging.lock` and calls
+    `Staging.join` first.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class ShardWriter:
             with writing(self.path):
                 self._put(self._header.offsets[name] + start * spec.dtype.itemsize, raw)
 
-    def finish(self) -> OutputFile:
-        """Make the file and then its done record durable; return the record.
+    def finish(self, notes: Mapping[str, Any] = MappingProxyType({})) -> DoneRecord:
+        """Make the file and then its done record, with `notes`, durable; return the record.
 
         Raises:
             MergewellError: some elements were not written, or the file was closed.
@@ -104,12 +105,12 @@ class ShardWriter:
                 # Bytes, then the file's name, then the record: never a record without its file.
                 os.fsync(self._descriptor)
                 sync_folder(self._staging.files)
-            self._staging.record(output, self._key)
+            self._staging.record(output, self._key, notes)
         finally:
             # Also after a failure: Linux drops the pages that it could not write, so that a
             # second fsync would succeed and lie.
             self.close()
-        return output
+        return DoneRecord(output, dict(notes))
 
     def close(self) -> None:
         """Let go of the file; without `finish` it has to be written anew."""

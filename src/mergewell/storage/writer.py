@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -16,11 +16,18 @@ from torch import Tensor
 from mergewell.errors import MergewellError, OutputError
 from mergewell.storage.durable import sync_folder, write_synced, writing
 from mergewell.storage.header import build_header
-from mergewell.storage.manifest import MANIFEST, Algorithm, Manifest, OutputFile, new_hasher
+from mergewell.storage.manifest import (
+    MANIFEST,
+    Algorithm,
+    InputFile,
+    Manifest,
+    OutputFile,
+    new_hasher,
+)
 from mergewell.storage.shard_writer import ShardLayout, ShardWriter
-from mergewell.storage.staging import Staging
+from mergewell.storage.staging import DoneRecord, Staging
 
-__all__ = ["CheckpointWriter", "ShardLayout", "ShardWriter"]
+__all__ = ["CheckpointWriter", "ShardLayout", "ShardWriter", "require_free_name"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,12 +69,12 @@ class CheckpointWriter:
         self._opening = Lock()
         self._shards: dict[str, ShardWriter] = {}
         self._others: dict[str, OutputFile] = {}
-        self._done: dict[str, OutputFile] = {}
+        self._done: dict[str, DoneRecord] = {}
         sizes = {
             file: build_header(layout.specs, metadata)[1].size
             for file, layout in self._layouts.items()
         }
-        self._require_free_name()
+        require_free_name(self.directory)
         self._lock = self._staging.lock()
         kept = resume and self._staging.has_run()
         try:
@@ -75,7 +82,8 @@ class CheckpointWriter:
                 self._staging.clear()
             self._staging.join(key)
             for file, size in sizes.items():
-                if record := self._staging.recorded(file, key, size):
+                record = self._staging.recorded(file, key, size)
+                if record is not None and record.output.hash.startswith(f"{algorithm}:"):
                     self._done[file] = record
             self._require_space({f: size for f, size in sizes.items() if f not in self._done})
         except BaseException:
@@ -90,8 +98,18 @@ class CheckpointWriter:
     @property
     def outputs(self) -> tuple[OutputFile, ...]:
         """Finished files: shards in the order of the layouts, then the others."""
-        shards = (self._done[file] for file in self._layouts if file in self._done)
+        shards = (self._done[file].output for file in self._layouts if file in self._done)
         return (*shards, *self._others.values())
+
+    @property
+    def notes(self) -> tuple[Mapping[str, Any], ...]:
+        """The notes of the finished shards, of this run or an earlier one, in their order."""
+        return tuple(self._done[file].notes for file in self._layouts if file in self._done)
+
+    @property
+    def recorded_inputs(self) -> tuple[InputFile, ...]:
+        """Hashes of input files that shard jobs of this run made."""
+        return self._staging.recorded_inputs(self._key)
 
     def write(self, name: str, start: int, tensor: Tensor) -> None:
         """Write elements from `start` on of a tensor; any order, any thread, each exactly once.
@@ -102,17 +120,19 @@ class CheckpointWriter:
         """
         self._shard(self._homes[name]).write(name, start, tensor)
 
-    def finish(self, file: str) -> OutputFile:
+    def finish(self, file: str, notes: Mapping[str, Any] = MappingProxyType({})) -> OutputFile:
         """Make a shard durable and note that it is done; return its record.
+
+        `notes`, plain data about the shard, are kept with the record and come back in `notes`.
 
         Raises:
             MergewellError: some elements were not written.
             OutputError: the system refuses.
         """
         if file not in self._done:
-            self._done[file] = self._shard(file).finish()
+            self._done[file] = self._shard(file).finish(notes)
             self._shards.pop(file).close()
-        return self._done[file]
+        return self._done[file].output
 
     def add_file(self, name: str, content: bytes) -> OutputFile:
         """Add another file, such as `config.json`.
@@ -209,15 +229,6 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._homes.items()))}
         return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def _require_free_name(self) -> None:
-        with writing(self.directory):
-            is_empty = self.directory.is_dir() and not any(self.directory.iterdir())
-        if self.directory.exists() and not is_empty:
-            raise OutputError(
-                f"{self.directory} exists already and nothing is overwritten; "
-                "choose another name or remove it."
-            )
-
     def _require_space(self, sizes: Mapping[str, int]) -> None:
         """Require room for the files named and 1 % more; what they take up already counts."""
         present = (self._staging.files / file for file in sizes)
@@ -230,3 +241,18 @@ class CheckpointWriter:
                 f"{self.directory} needs {needed:,} bytes but its disk has {free:,} left; "
                 "free space or choose another disk."
             )
+
+
+def require_free_name(directory: Path) -> None:
+    """Refuse an output that exists, unless it is an empty folder.
+
+    Raises:
+        OutputError: it exists, or cannot be looked at.
+    """
+    with writing(directory):
+        is_empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not is_empty:
+        raise OutputError(
+            f"{directory} exists already and nothing is overwritten; "
+            "choose another name or remove it."
+        )
