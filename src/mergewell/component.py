@@ -107,7 +107,9 @@ class Family(Generic[C]):
 def explain(error: ValidationError, cls: type[BaseModel], owner: str) -> str:
     """Return the first complaint of a validation error as one sentence."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "value"
+    # the alternatives of a union stand in the path too, under names that no field can have
+    path = (str(part) for part in first["loc"])
+    field = ".".join(part for part in path if part.isidentifier() or part.isdecimal()) or "value"
     if first["type"] == "extra_forbidden":
         advice = did_you_mean(field, cls.model_fields)
         return f"{owner} has no parameter {field!r}: {advice}"
