@@ -145,8 +145,8 @@ def make_plan(recipe: Recipe) -> Plan:
         CheckpointError: a file that is missing or damaged.
         PlanError: a recipe that does not fit its checkpoints.
     """
-    base = _open(recipe.base, recipe.base_layers) if recipe.base is not None else None
-    experts = tuple(_open(expert.path, expert.layers, base=base) for expert in recipe.experts)
+    base = open_model(recipe.base, recipe.base_layers) if recipe.base is not None else None
+    experts = tuple(open_model(expert.path, expert.layers, base=base) for expert in recipe.experts)
     reference = base if base is not None else experts[0]
     warnings = [*recipe.notes, *_compare_configs(reference, experts), *_same_paths(recipe)]
     used_rules: list[Rule] = []
@@ -175,8 +175,14 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(recipe, base, experts, tasks, _layouts(reference, tasks), tuple(warnings))
 
 
-def _open(path: str, layers: Sequence[LayerRange], *, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a model, or stack ranges of layers into one."""
+def open_model(
+    path: str, layers: Sequence[LayerRange], *, base: Checkpoint | None = None
+) -> Checkpoint:
+    """Open a model, or stack ranges of layers into one.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged, or layers that it does not have.
+    """
     if not layers:
         return open_checkpoint(path, base=base)
     paths = [piece.path if piece.path is not None else path for piece in layers]

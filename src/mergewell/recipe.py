@@ -214,10 +214,11 @@ def _sentence(error: ValidationError, where: str) -> str:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a YAML file; relative paths in it are relative to the file.
+    """Return the recipe in a YAML file, ours or mergekit's; paths are relative to the file.
 
     Raises:
         RecipeError: no such file, not YAML, or not a recipe.
+        CheckpointError: a model that a mergekit configuration names cannot be opened.
     """
     file = Path(path)
     try:
@@ -231,7 +232,13 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
-    return beside(make_recipe(cast("dict[str, Any]", data), where=str(file)), file.parent)
+    content = cast("dict[str, Any]", data)
+    # imported here because a conversion makes a recipe and looks into checkpoints
+    from mergewell.mergekit import is_mergekit, recipe_from_mergekit
+
+    if is_mergekit(content):
+        return recipe_from_mergekit(content, where=str(file), base_dir=file.parent)
+    return beside(make_recipe(content, where=str(file)), file.parent)
 
 
 def beside(recipe: Recipe, folder: Path) -> Recipe:

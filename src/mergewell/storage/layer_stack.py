@@ -18,8 +18,10 @@ from torch import Tensor
 from mergewell.errors import CheckpointError
 from mergewell.storage.base import Checkpoint, Shard
 from mergewell.storage.spec import TensorSpec
+from mergewell.storage.weight_file import WeightFile
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_OUTPUT_EMBEDDING = re.compile(r"(^|[._])embed_out([._]|$)")
 _HEAD = re.compile(r"(^|[._])(embed_out|lm_head|head|norm|ln_f|ln_post|final\w*|score|classifier|"
                    r"fc|pooler|output)([._]|$)", re.IGNORECASE)  # fmt: skip
 _EMBEDDING = re.compile(
@@ -127,6 +129,10 @@ class LayerStack(Checkpoint):
         self.config = self._stacked_config()
         self.side_files = first.side_files
 
+    def weight_files(self) -> tuple[WeightFile, ...]:
+        """Return the opened files of all pieces."""
+        return tuple(file for piece in self._pieces for file in piece.checkpoint.weight_files())
+
     def close(self) -> None:
         """Let go of the files of all pieces."""
         for piece in self._pieces:
@@ -232,15 +238,20 @@ def _restacked(
 
 
 def _is_before(name: str, first: Checkpoint, last: Checkpoint) -> bool:
-    """Return True for a tensor that stands before the layers."""
-    if re.search(r"(^|[._])embed_out([._]|$)", name):
+    before = stands_before(name)
+    if before is None and first is not last:
+        raise CheckpointError(
+            f"{first.path}: it is not clear whether {name} stands before or after the layers, so "
+            f"whether to take it from here or from {last.path}; stack layers of one model, or "
+            "leave it out of the files."
+        )
+    return before is True
+
+
+def stands_before(name: str) -> bool | None:
+    """Return whether a tensor outside the layers stands before them; None if its name is mute."""
+    if _OUTPUT_EMBEDDING.search(name):
         return False
     if _EMBEDDING.search(name):
         return True
-    if _HEAD.search(name) or first is last:
-        return False
-    raise CheckpointError(
-        f"{first.path}: it is not clear whether {name} stands before or after the layers, so "
-        f"whether to take it from here or from {last.path}; stack layers of one model, or leave "
-        "it out of the files."
-    )
+    return False if _HEAD.search(name) else None
