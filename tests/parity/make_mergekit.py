@@ -5,6 +5,9 @@ Run in an environment of its own, which no other code here uses:
     python -m venv /opt/mergekit-venv
     /opt/mergekit-venv/bin/pip install mergekit==0.1.4 torch==2.13.0
     /opt/mergekit-venv/bin/python tests/parity/make_mergekit.py [NAME ...]
+
+with "transformers<5". ram and ramplus_tl came with mergekit 0.1.5 (and its own transformers): their
+tables are made in a second such environment.
 """
 
 from __future__ import annotations
@@ -49,9 +52,12 @@ def merged(data: dict, folder: Path, *, seed: int = 0) -> tuple[dict, dict]:
         return tensors, json.loads((Path(out) / "config.json").read_text())
 
 
-def packed(tensor: torch.Tensor) -> str:
-    """Return every STRIDE-th element, little-endian in the tensor's dtype, as base64."""
-    flat = tensor.flatten()[::STRIDE].contiguous()
+def packed(tensor: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return every STRIDE-th element, little-endian in `dtype`, as base64.
+
+    arcee_fusion writes float32 whatever is asked for, so it is rounded here.
+    """
+    flat = tensor.to(dtype).flatten()[::STRIDE].contiguous()
     return base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode()
 
 
@@ -72,7 +78,9 @@ def main(names: list[str]) -> None:
                 for kind, folder in folders.items():
                     tensors, config = merged({**data, "dtype": kind}, folder)
                     table["layers"] = config["num_hidden_layers"]
-                    table[kind] = {key: packed(tensors[key]) for key in sorted(tensors)}
+                    table[kind] = {
+                        key: packed(tensors[key], getattr(torch, kind)) for key in sorted(tensors)
+                    }
             except RuntimeError as error:
                 print(name, "was not made:", error)
                 continue

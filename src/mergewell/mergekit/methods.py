@@ -152,7 +152,7 @@ def _model_stock(arguments: Arguments) -> Converted:
 
 
 def _sce(arguments: Arguments) -> Converted:
-    return "sce", {"density": min(1.0, arguments.shared["select_topk"])}
+    return "sce", {"density": min(1.0, arguments.shared["select_topk"]), "least": 1e-6}
 
 
 def _arcee_fusion(arguments: Arguments) -> Converted:

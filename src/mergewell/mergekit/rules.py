@@ -66,7 +66,7 @@ def make_rules(
                 take(f"{head}*", names, treatment)
                 continue
             patterns = [f"{head}*{_escaped(text)}*" for text in filters]
-            pattern = _covering(patterns, names, treatments)
+            pattern = _covering(patterns, names, inside)
             if pattern is not None:
                 take(pattern, names, treatment)
                 continue
@@ -88,8 +88,11 @@ def _covering(
     patterns: Iterable[str], names: Sequence[str], everything: Iterable[str]
 ) -> str | None:
     """Return the first pattern that matches exactly these names."""
-    wanted, known = set(names), list(everything)
-    return next((p for p in patterns if {n for n in known if fnmatchcase(n, p)} == wanted), None)
+    wanted = set(names)
+    for pattern in patterns:
+        if all((name in wanted) == fnmatchcase(name, pattern) for name in everything):
+            return pattern
+    return None
 
 
 def _escaped(text: str) -> str:
