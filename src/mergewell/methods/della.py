@@ -13,6 +13,8 @@ from mergewell.methods import ops
 from mergewell.methods.base import Fractions, Laws, Needs, TensorGroup, for_each
 from mergewell.statistics.kept_norm import Favour, KeptNorm
 
+Epsilon = Annotated[float, Field(ge=0, lt=0.5)]
+
 
 class Della(ops.SparseMerge):
     """Drop task-vector entries at random, small ones more often; rescale, add or elect.
@@ -39,7 +41,7 @@ class Della(ops.SparseMerge):
     density: Fractions = 0.5
     """Mean probability with which an entry is kept; one, or one an expert. 1 keeps everything."""
 
-    epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    epsilon: Epsilon | tuple[Epsilon, ...] = 0.05
     """Half the range of the probability along a row; density -/+ epsilon must lie in (0, 1)."""
 
     favour: Favour = "rank"
@@ -50,11 +52,13 @@ class Della(ops.SparseMerge):
 
     @model_validator(mode="after")
     def _probabilities_in_bounds(self) -> Self:
-        densities = self.density if isinstance(self.density, tuple) else (self.density,)
-        for density in densities:
-            if density < 1 and not self.epsilon < density < 1 - self.epsilon:
+        given = [v for v in (self.density, self.epsilon) if isinstance(v, tuple)]
+        count = len(given[0]) if given else 1
+        pairs = zip(for_each(self.density, count), for_each(self.epsilon, count), strict=True)
+        for density, epsilon in pairs:
+            if density < 1 and not epsilon < density < 1 - epsilon:
                 raise ValueError(
-                    f"density {density} -/+ epsilon {self.epsilon} leaves (0, 1); lower epsilon"
+                    f"density {density} -/+ epsilon {epsilon} leaves (0, 1); lower epsilon"
                 )
         return self
 

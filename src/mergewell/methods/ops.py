@@ -233,15 +233,18 @@ class SparseMerge(MergeMethod):
 
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled combination of the thinned task vectors."""
+        return group.required_base + self.scale * self.combined(group)
+
+    def combined(self, group: TensorGroup) -> Tensor:
+        """Return the thinned task vectors added up, or what agrees of them averaged."""
         thinned = self.thin(group)
         if self.combine == "sum":
-            return group.required_base + self.scale * add_up(group, thinned, self.divide)
+            return add_up(group, thinned, self.divide)
         votes = thinned
         if self.votes == "weighted":
             votes = [c * tau for c, tau in zip(group.coefficients, thinned, strict=True)]
         elected = elect_sign(votes, self.elect)
-        merged = combine_agreeing(group, thinned, elected, self.divide, votes=votes)
-        return group.required_base + self.scale * merged
+        return combine_agreeing(group, thinned, elected, self.divide, votes=votes)
 
 
 NEUTRAL_SPARSE = {"density": 1.0, "scale": 1.0, "combine": "agreeing", "divide": "usual"}

@@ -46,7 +46,7 @@ class KeptNorm(WeightStatistic):
     density: Fractions
     """Probability with which an entry is kept."""
 
-    spread: float | None = None
+    spread: float | tuple[float, ...] | None = None
     """None where all entries share one probability; else half its range along a row."""
 
     favour: Favour = "rank"
@@ -61,8 +61,8 @@ class KeptNorm(WeightStatistic):
         """Return the probability to be kept: of each entry, or one for all."""
         if self.spread is None or density == 1.0:
             return density
-        tau = group.task_vectors[expert]
-        return keep_probability(tau, density, self.spread, self.favour)
+        spread = for_each(self.spread, len(group.experts))[expert]
+        return keep_probability(group.task_vectors[expert], density, spread, self.favour)
 
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return this block's sums, by chunk or, where probabilities go by rows, by row."""
