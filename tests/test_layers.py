@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "mergewell"
 LAYERS = [
     {"errors", "component", "tensor_group", "storage", "statistics"},
-    {"methods", "models"},
+    {"methods", "models", "kernels"},
     {"recipe", "mergekit", "plan", "changes", "run", "jobs", "verify", "engines"},
     {"diagnostics", "learners", "evaluate", "calibrate"},
     {"report", "tune", "advise", "check", "demo"},

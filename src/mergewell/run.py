@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import mergewell
+from mergewell.changes import UNCHANGED, Change, change_of, changes_in, notes_of, summary
 from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
 from mergewell.errors import CheckpointError, MethodError, PlanError
+from mergewell.kernels import base as kernels
 from mergewell.plan import BLOCK, Plan, TensorTask
 from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.storage.base import Checkpoint
-from mergewell.storage.manifest import InputFile, Manifest, hash_file
-from mergewell.storage.writer import CheckpointWriter
+from mergewell.storage.manifest import Algorithm, Manifest
+from mergewell.storage.passing_hash import PassingHash, hash_while_reading
+from mergewell.storage.writer import CheckpointWriter, ShardLayout
 from mergewell.tensor_group import TensorGroup, Value
 
 Values = Mapping[WeightStatistic, Value]
 OnProgress = Callable[[int], None]
 """Called with the bytes of result just written."""
+
+_STATISTIC = 8
+"""Blocks that a statistic is updated with at a time: its state costs more than its temporaries."""
 
 _BATCH = 1 << 24
 """Elements of the tensors whose statistics are made before they are merged together."""
@@ -41,11 +48,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A block of the result, in its stored dtype, flat, and whether it differs from the base."""
+    """A block of the result, in its stored dtype, flat, and how far it is from the base's."""
 
     block: Block
     tensor: Tensor
-    changed: bool
+    change: Change
 
 
 def run(
@@ -55,68 +62,118 @@ def run(
     workers: int | None = None,
     resume: bool = False,
     block: int = BLOCK,
+    algorithm: Algorithm = "xxh3-128",
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Carry out a plan: the complete folder `out` appears, or nothing does.
 
+    With `resume`, files that an earlier run or shard job finished are kept: the unit of resuming
+    is a file (`shard_bytes` in the recipe makes them smaller).
+
     Raises:
         OutputError: `out` exists, or cannot hold the result.
-        CheckpointError: NaN, Inf or unequal integers in the inputs.
+        CheckpointError: NaN, Inf or unequal integers in the inputs, or one changed meanwhile.
         MethodError: a method broke its promise.
     """
     began = time.perf_counter()
     engine = make_engine(workers)
+    key = resume_key(plan)
     _check_copies(plan)
-    metadata = {"format": "pt", "mergewell.recipe": plan.recipe.to_yaml()}
-    changed: set[str] = set()
     with (
         one_thread_a_worker(),
         CheckpointWriter(
-            Path(out), plan.layouts, metadata=metadata, key=_key(plan), resume=resume
+            Path(out), plan.layouts, metadata=metadata_of(plan), key=key, resume=resume,
+            algorithm=algorithm,
         ) as writer,
-    ):
-        values = _model_statistics(plan, engine, block)
-        pending = writer.pending
-        for layout in pending:
-            tasks = [plan.tasks[spec.name] for spec in layout.specs]
-            for merged in _merge(plan, engine, tasks, values, block):
-                writer.write(merged.block.task.name, merged.block.start, merged.tensor)
-                if merged.changed:
-                    changed.add(merged.block.task.name)
-                if on_progress is not None:
-                    on_progress(merged.tensor.nbytes)
-            writer.finish(layout.file)
-        if not changed and len(pending) == len(plan.layouts) and not plan.recipe.restacks:
+    ):  # fmt: skip
+        known = [f for f in writer.recorded_inputs if f.hash.startswith(f"{algorithm}:")]
+        hashes = hash_while_reading(plan.inputs, algorithm, known=[Path(f.path) for f in known])
+        write_files(plan, engine, writer.pending, writer, block=block, on_progress=on_progress)
+        changes = changes_in(writer.notes)
+        if not any(change.changed for change in changes.values()) and not plan.recipe.restacks:
+            writer.abort(keep=False)
             raise PlanError(
                 "The result equals the base in every tensor; check the coefficients, the density "
                 "and that the experts are not the base itself."
             )
         for file in plan.reference.side_files:
             writer.add_file(file.name, plan.reference.side_file(file))
+        inputs = [*known, *engine.imap(PassingHash.record, hashes)]
         return writer.commit(
             {
                 "recipe": plan.recipe.as_data(),
-                "inputs": _input_files(plan, engine),
+                "inputs": sorted(inputs, key=lambda file: file.path),
                 "tensors": len(plan.tasks),
-                "tensors_changed": len(changed),
+                **summary(changes),
                 "seed": plan.recipe.seed,
                 "versions": {
                     "mergewell": mergewell.__version__,
                     "torch": torch.__version__,
                     "python": platform.python_version(),
                 },
+                "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
             }
         )
 
 
-def merge_tensors(plan: Plan, *, block: int = BLOCK) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, merged tensor) for each task: the same merge held in memory, for evaluation."""
+class FileWriter(Protocol):
+    """What files are written with: a `CheckpointWriter`, or that of one shard job."""
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write elements from `start` on of a tensor."""
+
+    def finish(self, file: str, notes: Mapping[str, Any]) -> object:
+        """Make a file durable and note that it is done."""
+
+
+def write_files(
+    plan: Plan,
+    engine: Engine,
+    layouts: Sequence[ShardLayout],
+    writer: FileWriter,
+    *,
+    block: int = BLOCK,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Merge the tensors of some files of the result and write them, file by file.
+
+    Raises:
+        OutputError, CheckpointError, MethodError: as `run`.
+    """
+    values = _model_statistics(plan, engine, block) if layouts else {}
+    for layout in layouts:
+        tasks = [plan.tasks[spec.name] for spec in layout.specs]
+        changes: dict[str, Change] = {}
+        for merged in _merge(plan, engine, tasks, values, block):
+            name = merged.block.task.name
+            writer.write(name, merged.block.start, merged.tensor)
+            changes[name] = changes.get(name, UNCHANGED) + merged.change
+            if on_progress is not None:
+                on_progress(merged.tensor.nbytes)
+        writer.finish(layout.file, notes_of(changes))
+
+
+def metadata_of(plan: Plan) -> dict[str, str]:
+    """Return what stands in the header of each file of the result."""
+    return {"format": "pt", "mergewell.recipe": plan.recipe.to_yaml()}
+
+
+def resume_key(plan: Plan) -> str:
+    """Return what a partial run must share to be resumed: recipe and unchanged input files."""
+    stats = [file.stat() for model in plan.inputs for file in model.files]
+    return "-".join([plan.recipe.digest(), *(f"{s.st_size}.{s.st_mtime_ns}" for s in stats)])
+
+
+def merge_tensors(
+    plan: Plan, names: Collection[str] | None = None, *, block: int = BLOCK
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, merged tensor) for each task, or for those named: the same merge in memory."""
     engine = make_engine()
     _check_copies(plan)
     with one_thread_a_worker():
         values = _model_statistics(plan, engine, block)
-        tasks = list(plan.tasks.values())
+        tasks = [task for task in plan.tasks.values() if names is None or task.name in names]
         results = _merge(plan, engine, tasks, values, block)
         for name, parts in groupby(results, key=lambda merged: merged.block.task.name):
             flat = torch.cat([part.tensor for part in parts])
@@ -193,11 +250,13 @@ def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     if task.copied_from is not None:
         model = plan.models[task.copied_from]
         tensor = _read(model, task.name, block)
-        same = task.copied_from == 0 or (
-            reference.spec(task.name).shape == task.spec.shape
-            and torch.equal(tensor, _read(reference, task.name, block))
-        )
-        return Merged(block, tensor, not same)
+        if reference.spec(task.name).shape != task.spec.shape:
+            return Merged(block, tensor, Change(changed=True))
+        return Merged(block, tensor, change_of(tensor, _read(reference, task.name, block)))
+    raw = _raw(plan, block, values)
+    fused = kernels.merge(task.method, raw) if raw is not None else None
+    if fused is not None:
+        return _finished(plan, block, fused)
     group = _group(plan, block, values)
     result = task.method.merge(group)
     if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
@@ -209,8 +268,38 @@ def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     if not bool(torch.isfinite(stored).all()):
         _explain_not_finite(plan, block, result)
     original = _read(reference, task.name, block)
-    changed = original.dtype != stored.dtype or not torch.equal(stored, original)
-    return Merged(block, stored, changed)
+    wide = group.base.flatten() if group.base is not None else None
+    return Merged(block, stored, change_of(stored, original, wide))
+
+
+def _finished(plan: Plan, block: Block, fused: kernels.Raw) -> Merged:
+    """Return a block that a fused form merged, once it is known to be finite."""
+    stored = kernels.as_tensor(fused)
+    original = _read(plan.reference, block.task.name, block)
+    finite, moved, size = kernels.change(fused, kernels.stored(original))
+    if not finite:
+        _explain_not_finite(plan, block, stored)
+    return Merged(block, stored, Change(moved > 0.0, moved, size))
+
+
+def _raw(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
+    """Return the block as it is stored, where a fused form can take it so."""
+    task = block.task
+    if task.method.needs.granularity != "element" or block.stop - block.start < kernels.SMALLEST:
+        return None
+    tensors = [_read(model, task.name, block) for model in plan.inputs]
+    if task.spec.dtype != tensors[0].dtype:
+        return None
+    return kernels.raw_block(
+        task.name,
+        tensors[1:] if plan.base is not None else tensors,
+        tensors[0] if plan.base is not None else None,
+        coefficients=task.coefficients,
+        seed=plan.recipe.seed,
+        offset=block.start,
+        numel=task.spec.numel,
+        statistics=values,
+    )
 
 
 def _group(plan: Plan, block: Block, values: Values) -> TensorGroup:
@@ -280,10 +369,12 @@ def _measure(
         done: State = {}
         for index in range(statistic.passes):
             wanted = [task for task in tasks if statistic.wanted(done, task.name, index)]
-            blocks = [part for task in wanted for part in blocks_of(task, block)]
+            blocks = [part for task in wanted for part in blocks_of(task, _STATISTIC * block)]
 
             def update(part: Block, index: int = index, done: State = done) -> State:
-                return statistic.update(done, _group(plan, part, {}), index)  # noqa: B023
+                raw = _raw(plan, part, {})
+                state = raw and kernels.update(statistic, done, raw, index)  # noqa: B023
+                return state or statistic.update(done, _group(plan, part, {}), index)  # noqa: B023
 
             summed: dict[str, Tensor] = {}
             for state in engine.imap(update, blocks):
@@ -332,18 +423,3 @@ def _explain_not_finite(plan: Plan, block: Block, result: Tensor) -> None:
             "float32, or lower the coefficients."
         )
     raise MethodError(f"{block.task.treatment} gave NaN or Inf for {name} from finite inputs.")
-
-
-def _key(plan: Plan) -> str:
-    """Return what a partial run must share to be resumed: recipe and unchanged input files."""
-    stats = [file.stat() for model in plan.inputs for file in model.files]
-    return "-".join([plan.recipe.digest(), *(f"{s.st_size}.{s.st_mtime_ns}" for s in stats)])
-
-
-def _input_files(plan: Plan, engine: Engine) -> tuple[InputFile, ...]:
-    files = sorted({file for model in plan.inputs for file in model.files})
-
-    def record(file: Path) -> InputFile:
-        return InputFile(path=str(file), hash=hash_file(file), bytes=file.stat().st_size)
-
-    return tuple(engine.imap(record, files))

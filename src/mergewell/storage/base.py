@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergewell.errors import CheckpointError, did_you_mean
 from mergewell.storage.spec import TensorSpec
+from mergewell.storage.weight_file import WeightFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def content_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(spec.nbytes for spec in self.specs.values())
+
+    def weight_files(self) -> tuple[WeightFile, ...]:
+        """Return the opened files behind this checkpoint, as far as it reads them itself."""
+        return ()
 
     @abstractmethod
     def close(self) -> None:

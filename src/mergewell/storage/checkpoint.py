@@ -65,6 +65,10 @@ class FileCheckpoint(Checkpoint):
         self.shards = tuple(Shard(file.path.name, tuple(file.specs)) for file in opened)
         self._check_index(source)
 
+    def weight_files(self) -> tuple[WeightFile, ...]:
+        """Return the opened files."""
+        return tuple(dict.fromkeys(self._homes.values()))
+
     def close(self) -> None:
         """Let go of the files; tensors that were read stay valid."""
         for file in self._homes.values():

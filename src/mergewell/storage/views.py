@@ -18,6 +18,7 @@ from mergewell.storage.base import Checkpoint
 from mergewell.storage.durable import write_durably
 from mergewell.storage.header import build_header
 from mergewell.storage.spec import TensorSpec, is_mergeable
+from mergewell.storage.weight_file import WeightFile
 
 FORMAT = "mergewell.task_vector: NAME.q int8 * NAME.s per row, or NAME.d; expert = base + that"
 _LEVELS = 127  # symmetric: -128 is not used, so that a task vector and its negative are alike
@@ -64,6 +65,10 @@ class TaskVectorCheckpoint(Checkpoint):
                         "write the file again."
                     )
                 self._keys[name] = key
+
+    def weight_files(self) -> tuple[WeightFile, ...]:
+        """Return the task vector's opened file; the base has its own."""
+        return self._delta.weight_files()
 
     def close(self) -> None:
         """Let go of the task vector's file; the base stays open, it may have other users."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # larger than memory would be refused. The constant got its name in Python 3.13 only.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
+_OF_THE_PROCESS = ("passing", "_opening", "_opened")
+
+
+class Passing(Protocol):
+    """Somebody who wants to know how far a file is read, such as a `PassingHash`."""
+
+    def reached(self, content: memoryview, end: int) -> None:
+        """Take note that a reader comes to byte `end` of the file whose bytes are `content`."""
+
 
 class WeightFile(ABC):
     """One file of weights, opened again on the first read after pickling."""
@@ -37,6 +46,7 @@ class WeightFile(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.passing: Passing | None = None
         self._opening = Lock()
         self._opened: Any = None
 
@@ -51,10 +61,10 @@ class WeightFile(ABC):
         self._opened = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_opening", "_opened")}
+        return {k: v for k, v in vars(self).items() if k not in _OF_THE_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opening=Lock(), _opened=None)
+        vars(self).update(state, passing=None, _opening=Lock(), _opened=None)
 
 
 class SafetensorsFile(WeightFile):
@@ -90,6 +100,8 @@ class SafetensorsFile(WeightFile):
         if start == stop:
             return torch.empty(0, dtype=dtype)
         offset = self._header.offsets[name] + start * dtype.itemsize
+        if self.passing is not None:
+            self.passing.reached(memoryview(self._map()), offset + (stop - start) * dtype.itemsize)
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(self._map(), dtype=dtype, count=stop - start, offset=offset)
         # Kernels may assume that an element lies at a multiple of its size.
