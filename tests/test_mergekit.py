@@ -218,6 +218,15 @@ def test_a_recipe_of_ours_is_not_taken_for_one_of_mergekit() -> None:
     assert is_mergekit({"slices": []})
 
 
+def test_the_plan_says_what_every_tensor_got(halves: Path) -> None:
+    (halves / "said.yaml").write_text(SHAPES["slerp"])
+    said = make_plan(read_recipe(halves / "said.yaml")).as_data(1)["tensors"]
+    by_name = {tensor["name"]: tensor["parameters"]["t"] for tensor in said}
+    assert by_name["model.layers.0.mlp.up_proj.weight"] == 1.0
+    assert by_name["model.layers.3.self_attn.q_proj.weight"] == 1.0
+    assert by_name["model.norm.weight"] == 0.5
+
+
 # What becomes of the parameters ------------------------------------------------------------------
 
 
@@ -298,6 +307,36 @@ def test_slices_of_different_models_stack_by_place(toys: Path) -> None:
         for expert in recipe.experts
     ]
     assert found == [[("A", 0, 3), ("A", 2, 4)], [("B", 1, 4), ("B", 0, 2)]]
+
+
+def test_filters_see_the_names_in_the_source_and_the_last_slice_rules_what_comes_after(
+    toys: Path,
+) -> None:
+    data: dict[str, Any] = {
+        "merge_method": "linear",
+        "slices": slices([("A", 2, 4), ("B", 0, 2)], [("A", 0, 1), ("B", 3, 4)]),
+        "parameters": {"weight": 1},
+    }
+    sources = data["slices"][0]["sources"]
+    sources[0]["parameters"] = {"weight": [{"filter": "layers.3.", "value": 0.5}]}
+    data["slices"][1]["sources"][1]["parameters"] = {"weight": 0.25}
+    recipe = converted(data, toys)
+    rests = ("0.mlp.up_proj.weight", "1.mlp.up_proj.weight", "2.mlp.up_proj.weight")
+    found = [treatment(recipe, f"model.layers.{rest}")[1] for rest in rests]
+    assert found == [(1, 1), (0.5, 1), (1, 0.25)]
+    assert treatment(recipe, "model.embed_tokens.weight")[1] == (1, 1)
+    assert treatment(recipe, "model.norm.weight")[1] == (1, 0.25)
+
+
+def test_densities_above_one_keep_everything_as_there(toys: Path) -> None:
+    data = {**_TIES, "models": models(("A", {"weight": 1})), "parameters": {"density": 1.5}}
+    assert converted(data, toys).method.model_dump()["density"] == 1.0
+
+
+def test_sce_keeps_the_threshold_of_mergekit(toys: Path) -> None:
+    """Below it, as in most fine-tunes of bf16 models, all experts weigh the same there."""
+    made = converted(DETERMINISTIC["sce"], toys).method.model_dump()
+    assert made == {"name": "sce", "density": 0.4, "least": 1e-6}
 
 
 def test_whole_models_in_slices_are_not_stacked(toys: Path) -> None:

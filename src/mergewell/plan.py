@@ -131,6 +131,7 @@ class Plan:
                     "shape": list(task.spec.shape),
                     "dtype": str(task.spec.dtype).removeprefix("torch."),
                     "coefficients": list(task.coefficients),
+                    "parameters": {} if task.copied_from is not None else task.method.parameters(),
                 }
                 for task in self.tasks.values()
             ],

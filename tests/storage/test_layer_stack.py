@@ -13,7 +13,7 @@ from toys import save
 
 from mergewell.errors import CheckpointError, PlanError
 from mergewell.plan import make_plan
-from mergewell.recipe import LayerRange, make_recipe
+from mergewell.recipe import LayerRange, make_recipe, read_recipe
 from mergewell.run import run
 from mergewell.storage.checkpoint import open_checkpoint
 from mergewell.storage.layer_stack import LayerPiece, LayerStack, find_layers
@@ -37,7 +37,7 @@ def write(folder: Path, seed: int, layers: int = 4, *, shards: int = 1) -> Path:
         "model_type": "llama",
         "num_hidden_layers": layers,
         "layer_types": [f"{seed}-{layer}" for layer in range(layers)],
-        "rope": {"n_layer": layers, "theta": 1},
+        "rope": {"n_layer": layers, "theta": 1, "num_layers": 7},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -78,7 +78,7 @@ def test_the_configuration_counts_the_stack(tmp_path: Path) -> None:
             "model_type": "llama",
             "num_hidden_layers": 3,
             "layer_types": ["1-0", "1-1", "2-3"],
-            "rope": {"n_layer": 3, "theta": 1},
+            "rope": {"n_layer": 3, "theta": 1, "num_layers": 7},
         }
         assert json.loads(stacked.side_file(one / "config.json")) == stacked.config
 
@@ -114,6 +114,20 @@ def test_a_recipe_stacks_base_and_expert_and_writes_the_configuration(tmp_path: 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
     assert make_recipe(recipe.as_data()) == recipe
+
+
+def test_paths_of_ranges_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "one", "two")):
+        write(tmp_path / name, seed)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "{base: base, base_layers: [{start: 0, stop: 1}, {path: one, start: 1, stop: 2}],"
+        " experts: [{path: two, layers: [{start: 0, stop: 2}]}], method: {name: average}}"
+    )
+    recipe = read_recipe(file)
+    assert recipe.base_layers[1].path == str(tmp_path / "one")
+    assert recipe.base_layers[0].path is None
+    assert len(make_plan(recipe).tasks) == 3 + 2 * 2
 
 
 def test_a_stack_of_one_model_may_be_copied_although_no_tensor_changes(tmp_path: Path) -> None:
