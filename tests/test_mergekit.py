@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from parity.mergekit_cases import (
 from ruamel.yaml import YAML
 from torch import Tensor
 
-from mergewell.errors import RecipeError
+from mergewell.errors import RecipeError, UserError
 from mergewell.mergekit import is_mergekit, recipe_from_mergekit
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
@@ -483,6 +485,37 @@ def test_what_is_not_understood_is_refused_by_name(name: str, toys: Path) -> Non
         converted(given, toys)
     assert str(caught.value).startswith("x.yaml: ")
     assert "\n" not in str(caught.value)
+
+
+_ODD = [
+    None, 0, -1, 1.5, float("nan"), float("inf"), 10**400, 1e300, True, "", "A", "x+y", "\0", [],
+    [[]], {}, [1, 2], [None], [{}], [{"value": 1}], [{"filter": 3, "value": 1}], {"model": {}}, [0, 99],
+    {1: 2},
+]  # fmt: skip
+
+
+def _places(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the way to every value inside a configuration."""
+    if not isinstance(data, dict | list):
+        return []
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    return [way for key, value in items for way in ((*at, key), *_places(value, (*at, key)))]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_mutated_configuration_is_a_recipe_or_a_sentence(name: str, toys: Path) -> None:
+    rng = random.Random(name)
+    for _ in range(20):
+        data = copy.deepcopy(DETERMINISTIC[name])
+        *path, last = rng.choice(_places(data))
+        inner: Any = data
+        for key in path:
+            inner = inner[key]
+        inner[last] = copy.deepcopy(rng.choice(_ODD))
+        try:
+            make_plan(converted(data, toys))
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 def test_a_method_that_is_not_there_is_refused_by_name(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ _REFUSED = {
     "tokenizer_config.json of the result",
     "base_layer_range": "name the range as a source of the slice",
 }
+_LARGEST = 1e30  # far beyond any use, and no product of two of them overflows
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -282,7 +282,7 @@ class _Reader:
     def _number(self, value: object, place: str) -> float:
         if isinstance(value, bool):
             return float(value)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) <= _LARGEST:
             return value
         raise RecipeError(
             f"{self.where}: {place} = {value!r} is refused; give a number, a list of numbers, or a "

@@ -41,8 +41,11 @@ def recipe_from_mergekit(data: Mapping[str, Any], *, where: str, base_dir: Path)
     `where` begins the sentences of errors; paths are looked for beside `base_dir` first.
 
     Source: mergekit 0.1.4, `reference/mergekit.md` section 2.
-    Departures: unknown keys and parameters are refused, not ignored; inputs are merged as the
-    files hold them and rounded once, not cast to `dtype` first.
+    Departures: unknown keys and parameters are refused, not ignored, and so are adapters, joined
+    vocabularies, chat templates and slices with unequal numbers of sources. Inputs are merged as
+    the files hold them, one dtype wider, and rounded once, not cast to `dtype` and rounded at every
+    step. A path is looked for beside the configuration before the working folder. Weights that
+    sum to 0 where they divide are refused (NaN there), and so is a result that equals the base.
 
     Raises:
         RecipeError: what is not understood or not supported, by its name.
