@@ -79,6 +79,17 @@ class Plan:
         return ((self.base,) if self.base is not None else ()) + self.experts
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What stands in the header of each file of the result."""
+        return {"format": "pt", "mergewell.recipe": self.recipe.to_yaml()}
+
+    def resume_key(self) -> str:
+        """Return what a partial run must share to be resumed: recipe and unchanged input files."""
+        stats = [file.stat() for model in self.inputs for file in model.files]
+        parts = (f"{s.st_size}.{s.st_mtime_ns}" for s in stats)
+        return "-".join([self.recipe.digest(), *parts])
+
+    @property
     def write_bytes(self) -> int:
         """Bytes of tensors to write."""
         return sum(task.spec.nbytes for task in self.tasks.values())
@@ -173,7 +184,8 @@ def make_plan(recipe: Recipe) -> Plan:
             raise PlanError(f"Rule {rule.match!r} matches no tensor; mend its pattern or drop it.")
     if not tasks:
         raise PlanError("The rules leave out every tensor; nothing would be written.")
-    return Plan(recipe, base, experts, tasks, _layouts(reference, tasks), tuple(warnings))
+    layouts = _layouts(reference, tasks, recipe.shard_bytes)
+    return Plan(recipe, base, experts, tasks, layouts, tuple(warnings))
 
 
 def open_model(
@@ -281,9 +293,16 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown}{f' and {len(names) - 2} more' if len(names) > 2 else ''} are"
 
 
-def _layouts(reference: Checkpoint, tasks: Mapping[str, TensorTask]) -> tuple[ShardLayout, ...]:
-    """Return the files to write: as many as the reference has, tensors in its order."""
+def _layouts(
+    reference: Checkpoint, tasks: Mapping[str, TensorTask], limit: int | None
+) -> tuple[ShardLayout, ...]:
+    """Return the files to write, tensors in the reference's order.
+
+    As many as the reference has, or filled up to `limit` bytes each; a larger tensor stands alone.
+    """
     groups = [[tasks[n].spec for n in shard.names if n in tasks] for shard in reference.shards]
+    if limit is not None:
+        groups = _filled([spec for group in groups for spec in group], limit)
     groups = [group for group in groups if group]
     if len(groups) == 1:
         return (ShardLayout("model.safetensors", tuple(groups[0])),)
@@ -291,6 +310,18 @@ def _layouts(reference: Checkpoint, tasks: Mapping[str, TensorTask]) -> tuple[Sh
         ShardLayout(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for i, group in enumerate(groups, 1)
     )
+
+
+def _filled(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.nbytes
+    return groups
 
 
 def _compare_configs(reference: Checkpoint, experts: Sequence[Checkpoint]) -> list[str]:

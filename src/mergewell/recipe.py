@@ -140,6 +140,9 @@ class Recipe(BaseModel):
     dtype: DtypeName | None = None
     """Stored dtype of merged tensors; that of the base (or first expert) when absent."""
 
+    shard_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Split the result into files of at most so many bytes; as the base's when absent."""
+
     notes: tuple[str, ...] = ()
     """What the recipe's maker wants said; the plan repeats it among its warnings."""
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.storage.base import Checkpoint
 from mergewell.storage.manifest import Algorithm, Manifest
 from mergewell.storage.passing_hash import PassingHash, hash_while_reading
-from mergewell.storage.writer import CheckpointWriter, ShardLayout
+from mergewell.storage.writer import CheckpointWriter, FileWriter, ShardLayout
 from mergewell.tensor_group import TensorGroup, Value
 
 Values = Mapping[WeightStatistic, Value]
@@ -77,12 +76,11 @@ def run(
     """
     began = time.perf_counter()
     engine = make_engine(workers)
-    key = resume_key(plan)
-    _check_copies(plan)
+    key = plan.resume_key()
     with (
         one_thread_a_worker(),
         CheckpointWriter(
-            Path(out), plan.layouts, metadata=metadata_of(plan), key=key, resume=resume,
+            Path(out), plan.layouts, metadata=plan.metadata, key=key, resume=resume,
             algorithm=algorithm,
         ) as writer,
     ):  # fmt: skip
@@ -117,16 +115,6 @@ def run(
         )
 
 
-class FileWriter(Protocol):
-    """What files are written with: a `CheckpointWriter`, or that of one shard job."""
-
-    def write(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write elements from `start` on of a tensor."""
-
-    def finish(self, file: str, notes: Mapping[str, Any]) -> object:
-        """Make a file durable and note that it is done."""
-
-
 def write_files(
     plan: Plan,
     engine: Engine,
@@ -141,7 +129,10 @@ def write_files(
     Raises:
         OutputError, CheckpointError, MethodError: as `run`.
     """
-    values = _model_statistics(plan, engine, block) if layouts else {}
+    if not layouts:
+        return
+    _check_copies(plan)
+    values = _model_statistics(plan, engine, block)
     for layout in layouts:
         tasks = [plan.tasks[spec.name] for spec in layout.specs]
         changes: dict[str, Change] = {}
@@ -152,17 +143,6 @@ def write_files(
             if on_progress is not None:
                 on_progress(merged.tensor.nbytes)
         writer.finish(layout.file, notes_of(changes))
-
-
-def metadata_of(plan: Plan) -> dict[str, str]:
-    """Return what stands in the header of each file of the result."""
-    return {"format": "pt", "mergewell.recipe": plan.recipe.to_yaml()}
-
-
-def resume_key(plan: Plan) -> str:
-    """Return what a partial run must share to be resumed: recipe and unchanged input files."""
-    stats = [file.stat() for model in plan.inputs for file in model.files]
-    return "-".join([plan.recipe.digest(), *(f"{s.st_size}.{s.st_mtime_ns}" for s in stats)])
 
 
 def merge_tensors(

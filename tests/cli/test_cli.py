@@ -30,10 +30,10 @@ FROZEN = {
     "plan": {"--json", "--workers"},
     "merge": {
         "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
-        "--workers", "--print-recipe", "--json",
+        "--workers", "--shard", "--engine", "--hash", "--print-recipe", "--json",
     },
     "report": set(),
-    "verify": {"--json"},
+    "verify": {"--deep", "--json"},
     "methods": {"--json"},
 }  # fmt: skip
 

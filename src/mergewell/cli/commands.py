@@ -15,10 +15,15 @@ from rich.table import Table
 
 from mergewell.cli.progress import steps
 from mergewell.errors import OutputError, RecipeError, did_you_mean
+from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
 from mergewell.recipe import read_recipe, recipe_from_flags
 from mergewell.run import run as run_plan
+from mergewell.storage.manifest import Algorithm
+
+ENGINES = ("threads", "ray")
+ALGORITHMS: dict[str, Algorithm] = {"xxh3-128": "xxh3-128", "sha256": "sha256"}
 
 
 def _print_json(data: object) -> None:
@@ -49,6 +54,9 @@ def merge(
     dtype: str | None,
     resume: bool,
     workers: int | None,
+    shard: str | None,
+    engine: str,
+    hash_kind: str,
     print_recipe: bool,
     as_json: bool,
 ) -> None:
@@ -70,6 +78,13 @@ def merge(
         return
     if out is None:
         raise OutputError("No output folder is named; add --out DIR.")
+    if engine not in ENGINES:
+        raise RecipeError(f"--engine {engine}: {did_you_mean(engine, ENGINES)}")
+    if hash_kind not in ALGORITHMS:
+        raise RecipeError(f"--hash {hash_kind}: {did_you_mean(hash_kind, ALGORITHMS)}")
+    if shard is not None and engine != "threads":
+        raise RecipeError(f"--shard {shard} and --engine {engine} exclude each other; drop one.")
+    job = parse_shard(shard) if shard is not None else None
     planned = make_plan(recipe)
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -81,9 +96,28 @@ def merge(
             written += count
             shown.update("merge", written, planned.write_bytes)
 
-        manifest = run_plan(
-            planned, out, workers=_workers(workers), resume=resume, on_progress=progress
-        )
+        algorithm = ALGORITHMS[hash_kind]
+        if job is not None:
+            result = run_shard(
+                planned, out, *job, workers=_workers(workers), algorithm=algorithm,
+                on_progress=progress,
+            )  # fmt: skip
+            manifest = result.manifest
+            if manifest is None:
+                _print_job(result, out, as_json=as_json)
+                return
+        elif engine == "ray":
+            from mergewell.engines.ray import run_on_ray
+
+            manifest = run_on_ray(
+                planned, out, workers=workers, resume=resume, algorithm=algorithm,
+                on_progress=progress,
+            )  # fmt: skip
+        else:
+            manifest = run_plan(
+                planned, out, workers=_workers(workers), resume=resume, algorithm=algorithm,
+                on_progress=progress,
+            )  # fmt: skip
     if as_json:
         _print_json(manifest.model_dump(mode="json"))
         return
@@ -91,6 +125,14 @@ def merge(
         f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
         f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s."
     )
+
+
+def _print_job(result: JobResult, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        _print_json({"version": 1, "written": result.written, "missing": result.missing})
+        return
+    left = f"{len(result.missing)} files are still missing" if result.missing else "none is missing"
+    print(f"{out}: {len(result.written)} files written by this job, {left}; the last job commits.")
 
 
 def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
@@ -222,18 +264,21 @@ def report(folder: Path) -> None:
     print(write_page(folder))
 
 
-def verify(folder: Path, *, as_json: bool) -> None:
+def verify(folder: Path, *, deep: bool, as_json: bool) -> None:
     """Verify a merged folder."""
     from mergewell.storage.manifest import read_manifest, verify_files
+    from mergewell.verify import verify_deep
 
-    problems = verify_files(folder)
+    problems = verify_deep(folder) if deep else verify_files(folder)
     count = len(read_manifest(folder).outputs)
     if as_json:
         _print_json({"version": 1, "folder": str(folder), "files": count, "problems": problems})
     if problems:
-        raise OutputError(f"{folder} is damaged: {' '.join(problems)} Merge again from its recipe.")
+        found = "is damaged" if not deep else "does not hold what its manifest says"
+        raise OutputError(f"{folder} {found}: {' '.join(problems)} Merge again from its recipe.")
     if not as_json:
-        print(f"{folder}: {count} files are as they were written.")
+        deeper = ", and so are its inputs; tensors made again are equal" if deep else ""
+        print(f"{folder}: {count} files are as they were written{deeper}.")
 
 
 def methods(name: str | None, *, as_json: bool) -> None:

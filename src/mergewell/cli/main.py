@@ -94,6 +94,13 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="Stored dtype; the base's if absent.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
     workers: Workers = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Write files I, I+N, ...; the last commits.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Where to work: threads or ray.")] = "threads",
+    hash_: Annotated[
+        str, typer.Option("--hash", help="Of inputs and outputs: xxh3-128 or sha256.")
+    ] = "xxh3-128",
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")
     ] = False,
@@ -104,8 +111,8 @@ def merge(
 
     commands.merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
-        seed=seed, dtype=dtype, resume=resume, workers=workers, print_recipe=print_recipe,
-        as_json=json,
+        seed=seed, dtype=dtype, resume=resume, workers=workers, shard=shard, engine=engine,
+        hash_kind=hash_, print_recipe=print_recipe, as_json=json,
     )  # fmt: skip
 
 
@@ -118,11 +125,17 @@ def report(folder: Path) -> None:
 
 
 @app.command()
-def verify(folder: Path, json: Json = False) -> None:
+def verify(
+    folder: Path,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Check the inputs too and make some tensors again.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Check a merged folder against its manifest."""
     from mergewell.cli import commands
 
-    commands.verify(folder, as_json=json)
+    commands.verify(folder, deep=deep, as_json=json)
 
 
 @app.command()

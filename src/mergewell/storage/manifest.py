@@ -85,8 +85,14 @@ class Manifest(_Contract):
     outputs: tuple[OutputFile, ...]
     tensors: int
     tensors_changed: int
+    relative_change: float | None = None
+    """Norm of all that changed over the norm of the base (or first expert)."""
+    relative_changes: Mapping[str, float | None] = {}
+    """The same by tensor, of those that changed."""
     seed: int
     versions: Mapping[str, str]
+    directory: str = "."
+    """Where the merge was run: what relative paths are relative to."""
     seconds: float
 
 
@@ -122,7 +128,10 @@ def verify_files(folder: Path) -> list[str]:
             problems.append(f"{name} is missing.")
         elif path.stat().st_size != output.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes where {output.bytes} are due.")
-        elif hash_file(path, _algorithm(output, folder)) != output.hash:
+        elif (
+            hash_file(path, algorithm_of(output.hash, where=f"{folder / MANIFEST}: {name}"))
+            != output.hash
+        ):
             problems.append(f"{name} changed: its hash is not the one in {MANIFEST}.")
     weights = (path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
     problems += [
@@ -131,14 +140,19 @@ def verify_files(folder: Path) -> list[str]:
     return problems
 
 
-def _algorithm(output: OutputFile, folder: Path) -> Algorithm:
-    match output.hash.partition(":")[0]:
+def algorithm_of(digest: str, *, where: str) -> Algorithm:
+    """Return the kind of a hash, "algorithm:hexadecimal"; `where` begins the error's sentence.
+
+    Raises:
+        CheckpointError: the kind is unknown.
+    """
+    match digest.partition(":")[0]:
         case "sha256":
             return "sha256"
         case "xxh3-128":
             return "xxh3-128"
         case other:
             raise CheckpointError(
-                f"{folder / MANIFEST}: {output.file} has a hash of unknown kind {other!r}; "
+                f"{where} has a hash of unknown kind {other!r}; "
                 "use the version of mergewell that wrote it."
             )

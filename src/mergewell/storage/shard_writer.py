@@ -44,8 +44,11 @@ class ShardWriter:
         metadata: Mapping[str, str],
         key: str,
         algorithm: Algorithm = "xxh3-128",
+        patience_s: float = 0.0,
     ) -> None:
         """Begin the file anew: reserve its space and write its header.
+
+        A file that another process is writing is waited for `patience_s` seconds.
 
         Raises:
             OutputError: another process is writing this file, or the system refuses.
@@ -55,7 +58,7 @@ class ShardWriter:
         content, self._header = build_header(layout.specs, metadata)
         with writing(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            take_lock(self._descriptor, self.path)
+            take_lock(self._descriptor, self.path, patience_s=patience_s)
             try:
                 # First the record, or a crash from here on would leave one for a file of holes.
                 staging.forget(layout.file)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,17 +188,25 @@ class Staging:
             return None
 
 
-def take_lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
+def take_lock(
+    descriptor: int, path: Path, *, shared: bool = False, patience_s: float = 0.0
+) -> None:
     """Lock an open file, or close it and say that another process is writing `path`.
 
     Raises:
-        OutputError: another process holds the lock.
+        OutputError: another process still holds the lock after `patience_s` seconds.
     """
-    try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputError(
-            f"{path} is being written by another process; wait for it or choose another output."
-        ) from error
+    deadline = time.monotonic() + patience_s
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise OutputError(
+                    f"{path} is being written by another process; wait for it or choose another "
+                    "output."
+                ) from error
+            time.sleep(min(0.2, patience_s))

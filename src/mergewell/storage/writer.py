@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -27,9 +27,19 @@ from mergewell.storage.manifest import (
 from mergewell.storage.shard_writer import ShardLayout, ShardWriter
 from mergewell.storage.staging import DoneRecord, Staging
 
-__all__ = ["CheckpointWriter", "ShardLayout", "ShardWriter", "require_free_name"]
+__all__ = ["CheckpointWriter", "FileWriter", "ShardLayout", "ShardWriter", "require_free_name"]
 
 INDEX = "model.safetensors.index.json"
+
+
+class FileWriter(Protocol):
+    """What files are written with: a `CheckpointWriter`, or that of one shard job."""
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write elements from `start` on of a tensor."""
+
+    def finish(self, file: str, notes: Mapping[str, Any]) -> object:
+        """Make a file durable and note that it is done."""
 
 
 class CheckpointWriter:
