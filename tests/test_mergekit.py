@@ -489,8 +489,8 @@ def test_what_is_not_understood_is_refused_by_name(name: str, toys: Path) -> Non
 
 _ODD = [
     None, 0, -1, 1.5, float("nan"), float("inf"), 10**400, 1e300, True, "", "A", "x+y", "\0", [],
-    [[]], {}, [1, 2], [None], [{}], [{"value": 1}], [{"filter": 3, "value": 1}], {"model": {}}, [0, 99],
-    {1: 2},
+    [[]], {}, [1, 2], [None], [{}], [{"value": 1}], [{"filter": 3, "value": 1}], {"model": {}},
+    [0, 99], {1: 2},
 ]  # fmt: skip
 
 
