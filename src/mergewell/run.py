@@ -328,10 +328,11 @@ def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Value
 def _tensor_statistics(
     plan: Plan, engine: Engine, tasks: Sequence[TensorTask], block: int
 ) -> dict[str, Values]:
-    """Make the statistics of single tensors; those of one block are made as they are merged."""
+    """Make the statistics of single tensors; small ones get theirs as they are merged."""
     users: dict[WeightStatistic, list[TensorTask]] = {}
     for task in tasks:
-        if task.copied_from is None and len(blocks_of(task, block)) > 1:
+        large = task.spec.numel >= kernels.SMALLEST or len(blocks_of(task, block)) > 1
+        if task.copied_from is None and large:
             for statistic in task.method.statistics():
                 if statistic.scope == "tensor":
                     users.setdefault(statistic, []).append(task)

@@ -112,11 +112,16 @@ class TensorGroup:
         on blocks, threads, devices or the order of visit. Source: SplitMix64, Steele et al. 2014.
         """
         like = self.experts[expert]
-        digest = hashlib.blake2b(f"{self.seed}/{expert}/{self.name}".encode(), digest_size=8)
-        key = int.from_bytes(digest.digest(), "little", signed=True)
+        key = random_key(self.seed, self.name, expert)
         index = torch.arange(self.offset + 1, self.offset + 1 + like.numel(), device=like.device)
         bits = _split_mix_64(index, key)
         return ((bits >> 40) & 0xFFFFFF).to(like.dtype).reshape(like.shape) / float(1 << 24)
+
+
+def random_key(seed: int, name: str, expert: int) -> int:
+    """Return the 64-bit key of one expert's random numbers in one tensor."""
+    digest = hashlib.blake2b(f"{seed}/{expert}/{name}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _split_mix_64(index: Tensor, key: int) -> Tensor:
