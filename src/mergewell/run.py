@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -13,19 +12,18 @@ import torch
 from torch import Tensor
 
 import mergewell
-from mergewell.changes import UNCHANGED, Change, change_of, changes_in, notes_of, summary
+from mergewell.blocks import Block, Merged, Values, blocks_of, group_of, merge_block, raw_of, read
+from mergewell.changes import UNCHANGED, Change, changes_in, notes_of, summary
 from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
-from mergewell.errors import CheckpointError, MethodError, PlanError
+from mergewell.errors import CheckpointError, PlanError
 from mergewell.kernels import base as kernels
 from mergewell.plan import BLOCK, Plan, TensorTask
 from mergewell.statistics.base import State, WeightStatistic, joined
-from mergewell.storage.base import Checkpoint
 from mergewell.storage.manifest import Algorithm, Manifest
 from mergewell.storage.passing_hash import PassingHash, hash_while_reading
 from mergewell.storage.writer import CheckpointWriter, FileWriter, ShardLayout
-from mergewell.tensor_group import TensorGroup, Value
+from mergewell.tensor_group import Value
 
-Values = Mapping[WeightStatistic, Value]
 OnProgress = Callable[[int], None]
 """Called with the bytes of result just written."""
 
@@ -34,24 +32,6 @@ _STATISTIC = 8
 
 _BATCH = 1 << 24
 """Elements of the tensors whose statistics are made before they are merged together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Elements [start, stop) of one task's tensor, flattened."""
-
-    task: TensorTask
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """A block of the result, in its stored dtype, flat, and how far it is from the base's."""
-
-    block: Block
-    tensor: Tensor
-    change: Change
 
 
 def run(
@@ -179,20 +159,6 @@ def measure_weights(
     return values
 
 
-def blocks_of(task: TensorTask, block: int) -> list[Block]:
-    """Return the blocks of one tensor: cut by elements, by whole rows, or not at all."""
-    numel = task.spec.numel
-    size = block
-    if task.copied_from is None and task.method.needs.granularity != "element":
-        size = max(1, numel)
-        if task.method.needs.granularity == "row" and len(task.spec.shape) > 1:
-            row = max(1, numel // task.spec.shape[0])
-            size = max(1, block // row) * row
-    return [Block(task, s, min(s + size, numel)) for s in range(0, numel, size)] or [
-        Block(task, 0, 0)
-    ]
-
-
 def _merge(
     plan: Plan,
     engine: Engine,
@@ -206,7 +172,7 @@ def _merge(
 
         def merge(part: Block, values: dict[str, Values] = values) -> Merged:
             name = part.task.name
-            return _merge_block(plan, part, {**model_values.get(name, {}), **values.get(name, {})})
+            return merge_block(plan, part, {**model_values.get(name, {}), **values.get(name, {})})
 
         yield from engine.imap(merge, blocks)
 
@@ -222,96 +188,6 @@ def _batches(tasks: Sequence[TensorTask]) -> Iterator[list[TensorTask]]:
         elements += task.spec.numel
     if batch:
         yield batch
-
-
-def _merge_block(plan: Plan, block: Block, values: Values) -> Merged:
-    task = block.task
-    reference = plan.reference
-    if task.copied_from is not None:
-        model = plan.models[task.copied_from]
-        tensor = _read(model, task.name, block)
-        if reference.spec(task.name).shape != task.spec.shape:
-            return Merged(block, tensor, Change(changed=True))
-        return Merged(block, tensor, change_of(tensor, _read(reference, task.name, block)))
-    raw = _raw(plan, block, values)
-    fused = kernels.merge(task.method, raw) if raw is not None else None
-    if fused is not None:
-        return _finished(plan, block, fused)
-    group = _group(plan, block, values)
-    result = task.method.merge(group)
-    if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
-        raise MethodError(
-            f"{task.treatment} gave {result.dtype} {list(result.shape)} for {task.name}, but "
-            f"{group.experts[0].dtype} {list(group.experts[0].shape)} was due."
-        )
-    stored = result.to(task.spec.dtype).flatten()
-    if not bool(torch.isfinite(stored).all()):
-        _explain_not_finite(plan, block, result)
-    original = _read(reference, task.name, block)
-    wide = group.base.flatten() if group.base is not None else None
-    return Merged(block, stored, change_of(stored, original, wide))
-
-
-def _finished(plan: Plan, block: Block, fused: kernels.Raw) -> Merged:
-    """Return a block that a fused form merged, once it is known to be finite."""
-    stored = kernels.as_tensor(fused)
-    original = _read(plan.reference, block.task.name, block)
-    finite, moved, size = kernels.change(fused, kernels.stored(original))
-    if not finite:
-        _explain_not_finite(plan, block, stored)
-    return Merged(block, stored, Change(moved > 0.0, moved, size))
-
-
-def _raw(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
-    """Return the block as it is stored, where a fused form can take it so."""
-    task = block.task
-    if task.method.needs.granularity != "element" or block.stop - block.start < kernels.SMALLEST:
-        return None
-    tensors = [_read(model, task.name, block) for model in plan.inputs]
-    if task.spec.dtype != tensors[0].dtype:
-        return None
-    return kernels.raw_block(
-        task.name,
-        tensors[1:] if plan.base is not None else tensors,
-        tensors[0] if plan.base is not None else None,
-        coefficients=task.coefficients,
-        seed=plan.recipe.seed,
-        offset=block.start,
-        numel=task.spec.numel,
-        statistics=values,
-    )
-
-
-def _group(plan: Plan, block: Block, values: Values) -> TensorGroup:
-    task = block.task
-    dtype = compute_dtype([model.spec(task.name).dtype for model in plan.inputs])
-    shape = (-1,)
-    if task.method.needs.granularity != "element" and task.spec.shape:
-        shape = (-1, *task.spec.shape[1:])
-
-    def read(model: Checkpoint) -> Tensor:
-        return _read(model, task.name, block).to(dtype).view(shape)
-
-    return TensorGroup(
-        name=task.name,
-        experts=tuple(read(expert) for expert in plan.experts),
-        coefficients=torch.tensor(task.coefficients, dtype=dtype),
-        base=read(plan.base) if plan.base is not None else None,
-        seed=plan.recipe.seed,
-        offset=block.start,
-        numel=task.spec.numel,
-        statistics=values,
-    )
-
-
-def compute_dtype(stored: Sequence[torch.dtype]) -> torch.dtype:
-    """Return the dtype to compute in: one step wider than the widest stored one."""
-    wide = any(dtype in (torch.float32, torch.float64) for dtype in stored)
-    return torch.float64 if wide else torch.float32
-
-
-def _read(model: Checkpoint, name: str, block: Block) -> Tensor:
-    return model.read(name, block.start, block.stop)
 
 
 def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Values]:
@@ -353,9 +229,9 @@ def _measure(
             blocks = [part for task in wanted for part in blocks_of(task, _STATISTIC * block)]
 
             def update(part: Block, index: int = index, done: State = done) -> State:
-                raw = _raw(plan, part, {})
+                raw = raw_of(plan, part, {})
                 state = raw and kernels.update(statistic, done, raw, index)  # noqa: B023
-                return state or statistic.update(done, _group(plan, part, {}), index)  # noqa: B023
+                return state or statistic.update(done, group_of(plan, part, {}), index)  # noqa: B023
 
             summed: dict[str, Tensor] = {}
             for state in engine.imap(update, blocks):
@@ -378,7 +254,7 @@ def _check_copies(plan: Plan) -> None:
             if task.name not in expert:
                 continue
             if not torch.equal(
-                _read(plan.reference, task.name, whole), _read(expert, task.name, whole)
+                read(plan.reference, task.name, whole), read(expert, task.name, whole)
             ):
                 if plan.recipe.rule_for(task.name) is not None:
                     continue
@@ -387,20 +263,3 @@ def _check_copies(plan: Plan) -> None:
                     f"{plan.reference.path}; choose by a rule {{match: {task.name!r}, method: "
                     "{name: keep, model: 0}}."
                 )
-
-
-def _explain_not_finite(plan: Plan, block: Block, result: Tensor) -> None:
-    name = block.task.name
-    for model in plan.inputs:
-        bad = int((~torch.isfinite(_read(model, name, block).to(torch.float64))).sum())
-        if bad:
-            raise CheckpointError(
-                f"{model.path}: {name} holds {bad} NaN or Inf values in elements {block.start} to "
-                f"{block.stop}; repair the file, or keep another model's tensor by a rule."
-            )
-    if bool(torch.isfinite(result).all()):
-        raise PlanError(
-            f"{name}: the merged values overflow {block.task.spec.dtype}; set dtype: bfloat16 or "
-            "float32, or lower the coefficients."
-        )
-    raise MethodError(f"{block.task.treatment} gave NaN or Inf for {name} from finite inputs.")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from toys import recipe_of, save
 
+from mergewell.blocks import compute_dtype
 from mergewell.kernels import base as kernels
 from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.plan import make_plan
-from mergewell.run import compute_dtype, merge_tensors
+from mergewell.run import merge_tensors
 from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.magnitude import MagnitudeThreshold

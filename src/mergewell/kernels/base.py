@@ -117,6 +117,14 @@ def update(statistic: WeightStatistic, done: State, block: RawBlock, index: int)
     return cast("State | None", module.update(statistic, done, block, index))
 
 
+def not_finite(block: RawBlock) -> bool:
+    """Return whether any input of the block is NaN or Inf."""
+    from mergewell.kernels import ops  # compiled code is loaded when it is needed
+
+    arrays = [*block.experts, *([block.base] if block.base is not None else [])]
+    return any(bool(ops.not_finite(array)) for array in arrays)
+
+
 def change(merged: Raw, original: Raw) -> tuple[bool, float, float]:
     """Return whether all is finite, and the squared differences and originals, summed."""
     from mergewell.kernels import ops  # compiled code is loaded when it is needed

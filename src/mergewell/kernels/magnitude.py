@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import torch
 
@@ -30,7 +32,8 @@ def update(statistic: MagnitudeThreshold, done: State, block: RawBlock, index: i
     if index == 1:
         buckets = done[f"{owner}:bucket"]
         counts = np.zeros((*buckets.shape, 1 << 16), np.int64)
-        for expert, rank in np.ndindex(*buckets.shape):
+        experts, ranks = buckets.shape
+        for expert, rank in product(range(experts), range(ranks)):
             bucket = int(buckets[expert, rank])
             ops.count_lower(base, block.experts[expert], bucket, counts[expert, rank])
         return {f"{owner}:fine": torch.from_numpy(counts)}

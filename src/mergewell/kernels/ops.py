@@ -93,6 +93,16 @@ def uniform(position, key):
 
 
 @fused
+def not_finite(array):
+    """Return whether any element is NaN or Inf."""
+    found = False
+    for i in range(array.size):
+        value = load(array, i)
+        found |= value - value != 0
+    return found
+
+
+@fused
 def average(experts, coefficients, total, normalize, out):
     """Store sum_k c_k x_k, divided by `total` if asked."""
     tile = np.empty(TILE, coefficients.dtype)

@@ -1,0 +1,184 @@
+"""Blocks: the pieces that a merge is carried out in, and how one is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from mergewell.changes import Change, change_of
+from mergewell.errors import CheckpointError, MethodError, PlanError
+from mergewell.kernels import base as kernels
+from mergewell.plan import Plan, TensorTask
+from mergewell.statistics.base import WeightStatistic
+from mergewell.storage.base import Checkpoint
+from mergewell.tensor_group import TensorGroup, Value
+
+Values = Mapping[WeightStatistic, Value]
+"""What statistics give for one tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements [start, stop) of one task's tensor, flattened."""
+
+    task: TensorTask
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A block of the result, in its stored dtype, flat, and how far it is from the base's."""
+
+    block: Block
+    tensor: Tensor
+    change: Change
+
+
+def blocks_of(task: TensorTask, block: int) -> list[Block]:
+    """Return the blocks of one tensor: cut by elements, by whole rows, or not at all."""
+    numel = task.spec.numel
+    size = block
+    if task.copied_from is None and task.method.needs.granularity != "element":
+        size = max(1, numel)
+        if task.method.needs.granularity == "row" and len(task.spec.shape) > 1:
+            row = max(1, numel // task.spec.shape[0])
+            size = max(1, block // row) * row
+    return [Block(task, s, min(s + size, numel)) for s in range(0, numel, size)] or [
+        Block(task, 0, 0)
+    ]
+
+
+def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
+    """Return one block of the result, in its fused form where there is one.
+
+    Raises:
+        CheckpointError: NaN or Inf in an input.
+        PlanError: the result overflows the dtype that it is to be stored in.
+        MethodError: the method broke its promise.
+    """
+    task = block.task
+    reference = plan.reference
+    if task.copied_from is not None:
+        model = plan.models[task.copied_from]
+        tensor = read(model, task.name, block)
+        if reference.spec(task.name).shape != task.spec.shape:
+            return Merged(block, tensor, Change(changed=True))
+        return Merged(block, tensor, change_of(tensor, read(reference, task.name, block)))
+    raw = raw_of(plan, block, values)
+    if raw is not None:
+        if kernels.not_finite(raw):
+            _explain_not_finite(plan, block)
+        fused = kernels.merge(task.method, raw)
+        if fused is not None:
+            return _finished(plan, block, fused)
+    group = group_of(plan, block, values)
+    if raw is None and not _all_finite(group):
+        _explain_not_finite(plan, block)
+    result = task.method.merge(group)
+    if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
+        raise MethodError(
+            f"{task.treatment} gave {result.dtype} {list(result.shape)} for {task.name}, but "
+            f"{group.experts[0].dtype} {list(group.experts[0].shape)} was due."
+        )
+    stored = result.to(task.spec.dtype).flatten()
+    if not bool(torch.isfinite(stored).all()):
+        _explain_overflow(block, result)
+    original = read(reference, task.name, block)
+    wide = group.base.flatten() if group.base is not None else None
+    return Merged(block, stored, change_of(stored, original, wide))
+
+
+def _finished(plan: Plan, block: Block, fused: kernels.Raw) -> Merged:
+    """Return a block that a fused form merged, once it is known to be finite."""
+    stored = kernels.as_tensor(fused)
+    original = read(plan.reference, block.task.name, block)
+    finite, moved, size = kernels.change(fused, kernels.stored(original))
+    if not finite:
+        _explain_overflow(block, None)
+    return Merged(block, stored, Change(moved > 0.0, moved, size))
+
+
+def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
+    """Return the block as it is stored, where a fused form can take it so."""
+    task = block.task
+    if task.method.needs.granularity != "element" or block.stop - block.start < kernels.SMALLEST:
+        return None
+    tensors = [read(model, task.name, block) for model in plan.inputs]
+    if task.spec.dtype != tensors[0].dtype:
+        return None
+    return kernels.raw_block(
+        task.name,
+        tensors[1:] if plan.base is not None else tensors,
+        tensors[0] if plan.base is not None else None,
+        coefficients=task.coefficients,
+        seed=plan.recipe.seed,
+        offset=block.start,
+        numel=task.spec.numel,
+        statistics=values,
+    )
+
+
+def group_of(plan: Plan, block: Block, values: Values) -> TensorGroup:
+    """Return the block of every model in the dtype to compute in."""
+    task = block.task
+    dtype = compute_dtype([model.spec(task.name).dtype for model in plan.inputs])
+    shape = (-1,)
+    if task.method.needs.granularity != "element" and task.spec.shape:
+        shape = (-1, *task.spec.shape[1:])
+
+    def wide(model: Checkpoint) -> Tensor:
+        return read(model, task.name, block).to(dtype).view(shape)
+
+    return TensorGroup(
+        name=task.name,
+        experts=tuple(wide(expert) for expert in plan.experts),
+        coefficients=torch.tensor(task.coefficients, dtype=dtype),
+        base=wide(plan.base) if plan.base is not None else None,
+        seed=plan.recipe.seed,
+        offset=block.start,
+        numel=task.spec.numel,
+        statistics=values,
+    )
+
+
+def compute_dtype(stored: Sequence[torch.dtype]) -> torch.dtype:
+    """Return the dtype to compute in: one step wider than the widest stored one."""
+    wide = any(dtype in (torch.float32, torch.float64) for dtype in stored)
+    return torch.float64 if wide else torch.float32
+
+
+def read(model: Checkpoint, name: str, block: Block) -> Tensor:
+    """Return a block of one model, flat, as it is stored."""
+    return model.read(name, block.start, block.stop)
+
+
+def _all_finite(group: TensorGroup) -> bool:
+    tensors = [*group.experts, *([group.base] if group.base is not None else [])]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _explain_not_finite(plan: Plan, block: Block) -> NoReturn:
+    name = block.task.name
+    for model in plan.inputs:
+        whole = model.read(name).to(torch.float64)
+        if bad := int((~torch.isfinite(whole)).sum()):
+            raise CheckpointError(
+                f"{model.path}: {name} holds {bad} NaN or Inf values; repair the file, or keep "
+                "another model's tensor by a rule."
+            )
+    raise MethodError(f"{name}: values that were not finite are finite now; did a file change?")
+
+
+def _explain_overflow(block: Block, result: Tensor | None) -> NoReturn:
+    """Say why a merged block is not finite though its inputs are."""
+    if result is not None and not bool(torch.isfinite(result).all()):
+        raise MethodError(f"{block.task.treatment} gave NaN or Inf for {block.task.name}.")
+    raise PlanError(
+        f"{block.task.name}: the merged values overflow {block.task.spec.dtype}; set dtype: "
+        "bfloat16 or float32, or lower the coefficients."
+    )
