@@ -23,6 +23,11 @@ def test_worked_example_averages_angles_and_lengths() -> None:
     assert Karcher().merge(tensors).tolist() == pytest.approx(on_circle(30, 2), rel=1e-4)
 
 
+def test_one_step_along_a_circle_arrives() -> None:
+    tensors = group(on_circle(0), on_circle(10), on_circle(80))
+    assert Karcher(iterations=1).merge(tensors).tolist() == pytest.approx(on_circle(30), rel=1e-12)
+
+
 def test_settled_it_is_the_mean_of_multislerp_and_without_steps_its_projection() -> None:
     torch.manual_seed(0)
     tensors = group(*torch.randn(4, 30, dtype=torch.float64).tolist())

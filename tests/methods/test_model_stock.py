@@ -33,7 +33,7 @@ def test_rows_have_a_ratio_each() -> None:
 
 def test_orthogonal_and_opposed_changes_give_the_base() -> None:
     for scope in ("tensor", "row"):
-        for tensors in (group([1.0, 0.0], [0.0, 2.0]), group([1.0, 0.0], [-1.0, 0.0])):
+        for tensors in (group([1.0, 0.0], [0.0, 2.0]), group([1.0, 0.0], [-3.0, 0.0])):
             assert ModelStock(scope=scope).merge(tensors).tolist() == [10.0, 10.0]
 
 
