@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import reprlib
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Generic, TypeVar
@@ -105,7 +106,10 @@ class Family(Generic[C]):
 
 
 def explain(error: ValidationError, cls: type[BaseModel], owner: str) -> str:
-    """Return the first complaint of a validation error as one sentence."""
+    """Return the first complaint of a validation error as one sentence.
+
+    The refused value is abridged: ten lines of YAML aliases can stand for gigabytes.
+    """
     first = error.errors(include_url=False)[0]
     # the alternatives of a union stand in the path too, under names that no field can have
     path = (str(part) for part in first["loc"])
@@ -115,7 +119,7 @@ def explain(error: ValidationError, cls: type[BaseModel], owner: str) -> str:
         return f"{owner} has no parameter {field!r}: {advice}"
     if first["type"] == "missing":
         return f"{owner} needs {field!r}; add it."
-    return f"{owner}: {field} = {first['input']!r} is refused: {first['msg']}."
+    return f"{owner}: {field} = {reprlib.repr(first['input'])} is refused: {first['msg']}."
 
 
 @cache

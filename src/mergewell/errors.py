@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 2000
+"""Characters that a message may have: a damaged file can hold names of any length."""
+
 
 class MergewellError(Exception):
     """Anything that mergewell raises on purpose."""
@@ -23,6 +26,12 @@ class MergewellError(Exception):
 
 class UserError(MergewellError):
     """Something that the user can mend; the message says what, where and what to do."""
+
+    def __str__(self) -> str:
+        """Return the message on one line; the middle of a very long one is left out."""
+        text = " ".join(super().__str__().splitlines())
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class RecipeError(UserError):

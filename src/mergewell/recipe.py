@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from io import StringIO
@@ -24,13 +25,17 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import YAMLError, YAMLWarning
 
 from mergewell.component import explain
 from mergewell.errors import RecipeError
 from mergewell.methods.base import METHODS, MergeMethod
+from mergewell.storage.folder import is_there
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+_DEEPEST = 100
+"""Brackets in brackets that are read: the YAML reader's time grows with their square."""
 
 _FROZEN = ConfigDict(
     frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -228,9 +233,13 @@ def read_recipe(path: str | Path) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot read the recipe ({error}); check the path.") from error
+    if _depth(text) > _DEEPEST:
+        raise RecipeError(f"{file}: the brackets are nested too deeply; a recipe needs a few.")
     try:
-        data = YAML(typ="safe").load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of one anchor for two things
+            data = YAML(typ="safe").load(text)
+    except (YAMLError, YAMLWarning, ValueError, RecursionError) as error:
         where = str(error).replace("\n", " ")[:200]
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
     if not isinstance(data, dict):
@@ -244,12 +253,21 @@ def read_recipe(path: str | Path) -> Recipe:
     return beside(make_recipe(content, where=str(file)), file.parent)
 
 
+def _depth(text: str) -> int:
+    """Return how deep brackets are nested; those in quotes count too, since few are there."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def beside(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with paths that were meant relative to `folder` as seen from here."""
 
     def seen(path: str) -> str:
         there = folder / path
-        return str(there) if not Path(path).is_absolute() and there.exists() else path
+        return str(there) if not Path(path).is_absolute() and is_there(there) else path
 
     def seen_layers(ranges: tuple[LayerRange, ...]) -> tuple[LayerRange, ...]:
         return tuple(
@@ -308,7 +326,7 @@ def recipe_from_flags(
 
 def _expert_flag(text: str) -> dict[str, Any]:
     path, colon, last = text.rpartition(":")
-    if colon and not Path(text).exists():
+    if colon and not is_there(Path(text)):
         try:
             return {"path": path, "coefficient": float(last)}
         except ValueError:

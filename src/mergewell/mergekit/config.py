@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from mergewell.errors import RecipeError, did_you_mean
 from mergewell.mergekit.methods import PEERS, Peer
+from mergewell.storage.folder import is_there
 
 _KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
@@ -228,9 +229,9 @@ class _Reader:
         if not isinstance(value, str) or not value:
             raise RecipeError(f"{self.where}: {place} = {value!r} is no path; name a folder.")
         there = self.base_dir / value
-        if not Path(value).is_absolute() and there.exists():
+        if not Path(value).is_absolute() and is_there(there):
             return str(there)
-        if "+" in value and not Path(value).exists():
+        if "+" in value and not is_there(Path(value)):
             self._refuse_adapter(place, value)
         return value
 

@@ -41,6 +41,14 @@ class Source:
     """File name of every tensor, if an index says so."""
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a file or folder exists; False also for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def find_source(path: Path) -> Source:
     """Return the files of weights of a folder, an index or a single file.
 
@@ -49,13 +57,13 @@ def find_source(path: Path) -> Source:
     Raises:
         CheckpointError: nothing there, nothing known there, or an index that cannot be followed.
     """
-    if path.is_dir():
-        return find_source(_main_file(path))
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointError(
             f"{path} does not exist; give a local file or folder (names of the Hugging Face hub "
             "are not fetched: download the model first)."
         )
+    if path.is_dir():
+        return find_source(_main_file(path))
     if path.name.endswith(INDEX_SUFFIX):
         return _from_index(path)
     return Source(files=(path,), where=None)
