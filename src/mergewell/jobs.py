@@ -20,7 +20,7 @@ from mergewell.errors import OutputError, RecipeError
 from mergewell.plan import BLOCK, Plan
 from mergewell.run import OnProgress, run, write_files
 from mergewell.storage.header import build_header
-from mergewell.storage.manifest import Algorithm, Manifest
+from mergewell.storage.manifest import MANIFEST, Algorithm, Manifest, read_manifest
 from mergewell.storage.passing_hash import PassingHash, hash_while_reading
 from mergewell.storage.shard_writer import ShardLayout, ShardWriter
 from mergewell.storage.staging import Staging
@@ -68,9 +68,9 @@ def run_shard(
 ) -> JobResult:
     """Write files `index`, `index + count`, ... of a plan's result; commit if all are there.
 
-    Files that are finished already are kept, so a job may be run again at any time. Statistics of
-    the whole model are made by each job for itself; they come out the same. A file that another
-    process writes is waited for `patience_s` seconds.
+    Files that are finished already are kept, so a job may be run again at any time, also after
+    the commit. Statistics of the whole model are made by each job for itself; they come out the
+    same. A file that another process writes is waited for `patience_s` seconds.
 
     Raises:
         OutputError: `out` exists, another recipe's run is unfinished there, or a process writes
@@ -79,6 +79,8 @@ def run_shard(
     """
     directory = Path(out).resolve()
     engine, key = make_engine(workers), plan.resume_key()
+    if _is_committed(plan, directory):
+        return JobResult((), (), None)
     require_free_name(directory)
     staging = Staging(directory)
     lock = staging.lock(shared=True)
@@ -100,6 +102,16 @@ def run_shard(
     if commit and not missing:
         manifest = _commit(plan, directory, workers, algorithm)
     return JobResult(tuple(layout.file for layout in mine), missing, manifest)
+
+
+def _is_committed(plan: Plan, directory: Path) -> bool:
+    """Return whether the output is this plan's, so that a job that comes late has no work."""
+    if not (directory / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(directory)
+    files = {str(f): f.stat().st_size for model in plan.inputs for f in model.files}
+    merged = {file.path: file.bytes for file in manifest.inputs}
+    return manifest.recipe == plan.recipe.as_data() and merged == files
 
 
 def _commit(

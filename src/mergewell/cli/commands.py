@@ -131,8 +131,12 @@ def _print_job(result: JobResult, out: Path, *, as_json: bool) -> None:
     if as_json:
         _print_json({"version": 1, "written": result.written, "missing": result.missing})
         return
-    left = f"{len(result.missing)} files are still missing" if result.missing else "none is missing"
-    print(f"{out}: {len(result.written)} files written by this job, {left}; the last job commits.")
+    left = (
+        f"{len(result.missing)} are still missing, and whoever finishes last commits"
+        if result.missing
+        else "none is missing, and another job has committed or is about to"
+    )
+    print(f"{out}: {len(result.written)} files written by this job; {left}.")
 
 
 def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
