@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import torch
 
@@ -21,28 +19,34 @@ def update(statistic: MagnitudeThreshold, done: State, block: RawBlock, index: i
         return None
     owner = f"{block.name if statistic.scope == 'tensor' else ''}:0"
     if index == 0:
-        counts = np.zeros((len(block.experts), 1 << 15), np.int64)
-        positive: list[int] = [
-            ops.count_upper(base, e, c) for e, c in zip(block.experts, counts, strict=True)
-        ]
+        counts = np.zeros((len(block.experts), 4, 1 << 15), np.int32)
+        positive = np.zeros(len(block.experts), np.int64)
+        for part in _parts(base.size):
+            for k, expert in enumerate(block.experts):
+                positive[k] += ops.count_upper(base[part], expert[part], counts[k])
         return {
-            f"{owner}:coarse": torch.from_numpy(counts),
-            f"{owner}:positive": torch.tensor(positive),
+            f"{owner}:coarse": torch.from_numpy(counts.sum(1, dtype=np.int64)),
+            f"{owner}:positive": torch.from_numpy(positive),
         }
+    what = "bucket" if index == 1 else "key"
+    wanted = [[int(value) for value in row] for row in done[f"{owner}:{what}"]]
     if index == 1:
-        buckets = done[f"{owner}:bucket"]
-        counts = np.zeros((*buckets.shape, 1 << 16), np.int64)
-        experts, ranks = buckets.shape
-        for expert, rank in product(range(experts), range(ranks)):
-            bucket = int(buckets[expert, rank])
-            ops.count_lower(base, block.experts[expert], bucket, counts[expert, rank])
+        counts = np.zeros((len(wanted), len(wanted[0]), 1 << 16), np.int64)
+        for part in _parts(base.size):
+            for k, expert in enumerate(block.experts):
+                for rank, bucket in enumerate(wanted[k]):
+                    ops.count_lower(base[part], expert[part], bucket, counts[k, rank])
         return {f"{owner}:fine": torch.from_numpy(counts)}
-    cut = done[f"{owner}:key"]
-    ties = torch.zeros(cut.numel(), -(-block.numel // CHUNK), dtype=torch.int64)
-    for row, key in enumerate(int(key) for key in cut.flatten()):
-        expert = block.experts[row // cut.shape[1]]
-        for start in range(0, base.size, CHUNK):
-            stop = min(start + CHUNK, base.size)
-            chunk = (block.offset + start) // CHUNK
-            ties[row, chunk] = ops.count_ties(base[start:stop], expert[start:stop], key)
+    ties = torch.zeros(len(wanted) * len(wanted[0]), -(-block.numel // CHUNK), dtype=torch.int64)
+    for part in _parts(base.size):
+        chunk = (block.offset + part.start) // CHUNK
+        for k, expert in enumerate(block.experts):
+            for rank, key in enumerate(wanted[k]):
+                row = k * len(wanted[k]) + rank
+                ties[row, chunk] = ops.count_ties(base[part], expert[part], key)
     return {f"{block.name}:ties": ties}
+
+
+def _parts(size: int) -> list[slice]:
+    """Return chunks, so that the base is still in the cache when the next expert is looked at."""
+    return [slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]

@@ -19,7 +19,7 @@ from numba.extending import intrinsic, overload
 fused = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, inline="always")
 
-TILE = 4096
+TILE = 8192
 """Elements that the loops work on at a time, so that what they share stays in the first cache."""
 
 LANES = 256
@@ -160,14 +160,15 @@ def trimmed(base, expert, cut, ties_left, out):
     ties_left is how many entries equal to the key may be kept from here on; negative keeps all.
     Returns how many are left afterwards.
     """
+    zero = out.dtype.type(0)
     if ties_left < 0:
         for i in range(base.size):
             tau = load(expert, i) - load(base, i)
-            out[i] = tau if magnitude_key(tau) >= cut else tau * 0
+            out[i] = tau if magnitude_key(tau) >= cut else zero
         return ties_left
     for i in range(base.size):
         tau = load(expert, i) - load(base, i)
-        out[i] = tau if magnitude_key(tau) > cut else tau * 0
+        out[i] = tau if magnitude_key(tau) > cut else zero
     for i in range(base.size):
         if ties_left == 0:
             break
@@ -253,9 +254,10 @@ def change(merged, original):
 
 @fused
 def count_upper(base, expert, counts):
-    """Add to counts [2^15] by the upper bits of the task vector's keys; return how many are > 0."""
-    # four counters of each bucket: neighbours often fall into one and would wait for each other
-    parts = np.zeros((4, counts.size), np.int32)
+    """Add to counts [4, 2^15] by the upper bits of the task vector's keys; return those > 0.
+
+    Four counters of each bucket: neighbours often fall into one and would wait for each other.
+    """
     keys = np.empty(TILE, np.int32)
     zeros = 0
     for start in range(0, base.size, TILE):
@@ -268,11 +270,9 @@ def count_upper(base, expert, counts):
         last = own.size - own.size % 4
         for i in range(0, last, 4):
             for lane in range(4):
-                parts[lane, keys[i + lane]] += 1
+                counts[lane, keys[i + lane]] += 1
         for i in range(last, own.size):
-            parts[0, keys[i]] += 1
-    for bucket in range(counts.size):
-        counts[bucket] += parts[0, bucket] + parts[1, bucket] + parts[2, bucket] + parts[3, bucket]
+            counts[0, keys[i]] += 1
     return base.size - zeros
 
 
@@ -309,10 +309,46 @@ def drop(base, expert, position, key, limit, divisor, out):
 
     position: of the first element in the whole tensor; key: of the random numbers; limit: of 2^24.
     """
-    for i in range(base.size):
-        tau = load(expert, i) - load(base, i)
-        kept = tau if uniform(position + i + 1, key) < limit else tau * 0
-        out[i] = kept / divisor
+    zero = divisor - divisor
+    numbers = np.empty(TILE, np.int32)
+    for start in range(0, base.size, TILE):
+        own, other = base[start : start + TILE], expert[start : start + TILE]
+        kept = out[start : start + TILE]
+        # two loops, each of which is vectorised: one would not be
+        for i in range(own.size):
+            numbers[i] = np.int32(uniform(position + start + i + 1, key))
+        for i in range(own.size):
+            tau = load(other, i) - load(own, i)
+            kept[i] = (tau if numbers[i] < limit else zero) / divisor
+
+
+@fused
+def ties(base, experts, cuts, ties_left, coefficients, options, scale, out):
+    """Store the merge of trimmed task vectors; options are those of `combine`, in order."""
+    taus = np.empty((len(experts), TILE), coefficients.dtype)
+    agreeing, count, weighted, divide = options
+    for start in range(0, base.size, TILE):
+        stop = min(start + TILE, base.size)
+        own = base[start:stop]
+        for k in range(len(experts)):
+            ties_left[k] = trimmed(own, experts[k][start:stop], cuts[k], ties_left[k], taus[k])
+        combine(taus, coefficients, agreeing, count, weighted, divide, scale, own, out[start:stop])
+
+
+@fused
+def dare(base, experts, position, keys, limits, divisors, coefficients, options, scale, out):
+    """Store the merge of randomly thinned task vectors; options are those of `combine`."""
+    taus = np.empty((len(experts), TILE), coefficients.dtype)
+    agreeing, count, weighted, divide = options
+    for start in range(0, base.size, TILE):
+        stop = min(start + TILE, base.size)
+        own = base[start:stop]
+        for k in range(len(experts)):
+            drop(
+                own, experts[k][start:stop], position + start, keys[k], limits[k], divisors[k],
+                taus[k],
+            )  # fmt: skip
+        combine(taus, coefficients, agreeing, count, weighted, divide, scale, own, out[start:stop])
 
 
 @fused

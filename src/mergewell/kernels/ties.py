@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from numpy.typing import NDArray
+import numpy as np
 
 from mergewell.kernels import ops
 from mergewell.kernels.base import Raw, RawBlock
-from mergewell.kernels.sparse import merge_thinned
+from mergewell.kernels.sparse import combination
 from mergewell.methods.ties import Ties
 from mergewell.tensor_group import CHUNK
 
@@ -30,8 +28,9 @@ def merge(method: Ties, block: RawBlock) -> Raw | None:
     else:
         return None
 
-    def thin(expert: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        own, other = base[start:stop], block.experts[expert][start:stop]
-        left[expert] = ops.trimmed(own, other, cuts[expert], left[expert], out)
-
-    return merge_thinned(method, block, base, thin)
+    out = np.empty_like(base)
+    ops.ties(
+        base, block.experts, np.array(cuts, np.int32), np.array(left), block.coefficients,
+        combination(method), block.computed.type(method.scale), out,
+    )  # fmt: skip
+    return out
