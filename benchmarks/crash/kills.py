@@ -12,6 +12,7 @@ are made again with another moment; those killed after the rename are counted ap
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -107,7 +108,8 @@ def writers(work: Path) -> list[Writer]:
         flags = ["--base", str(base)] + [f for e in experts for f in ("--expert", str(e))]
         ties = [*flags, "--method", "ties", "--set", "density=0.3"]
         for job in ([*ties], [*flags, "--method", "average"]):  # compiles here, for all children
-            code = mergewell(["merge", *job, "--workers", "1", "--out", str(work / "warm")])
+            with contextlib.redirect_stdout(sys.stderr):
+                code = mergewell(["merge", *job, "--workers", "1", "--out", str(work / "warm")])
             shutil.rmtree(work / "warm")
             if code != 0:
                 raise SystemExit("the first merge failed")
