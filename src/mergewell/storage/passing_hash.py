@@ -1,7 +1,7 @@
 """PassingHash: the hash of a file that is made while somebody else reads it.
 
-A merge reads every input file more or less from front to back. Hashing a block that is about to
-be read costs a tenth of reading the file again, since its bytes then come from the cache.
+A merge reads every input file more or less from front to back. Hashing what was just read costs
+less than half of reading the file again, since its bytes come from the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from mergewell.storage.manifest import Algorithm, InputFile, new_hasher
 
 _WINDOW = 64 << 20
 """Bytes that may be hashed at once to catch up with a reader who left some out."""
+
+_STEP = 4 << 20
+"""Bytes that are worth stopping for: not so few that threads keep waiting for one another."""
 
 _CHUNK = 1 << 20
 
@@ -38,11 +41,11 @@ class PassingHash:
         self.position = 0
 
     def reached(self, content: memoryview, end: int) -> None:
-        """Take note that a reader comes to byte `end` of the file whose bytes are `content`.
+        """Take note that readers are through with `content`, the file's bytes, up to `end`.
 
         Readers that jump far ahead are not followed, and none waits for another.
         """
-        if not self.position < end <= self.position + _WINDOW:
+        if not self.position + _STEP <= end <= self.position + _WINDOW:
             return
         if not self._lock.acquire(blocking=False):
             return  # somebody hashes; whoever comes next catches up

@@ -33,7 +33,7 @@ class Passing(Protocol):
     """Somebody who wants to know how far a file is read, such as a `PassingHash`."""
 
     def reached(self, content: memoryview, end: int) -> None:
-        """Take note that a reader comes to byte `end` of the file whose bytes are `content`."""
+        """Take note that readers are through with `content`, the file's bytes, up to `end`."""
 
 
 class WeightFile(ABC):
@@ -100,8 +100,8 @@ class SafetensorsFile(WeightFile):
         if start == stop:
             return torch.empty(0, dtype=dtype)
         offset = self._header.offsets[name] + start * dtype.itemsize
-        if self.passing is not None:
-            self.passing.reached(memoryview(self._map()), offset + (stop - start) * dtype.itemsize)
+        if self.passing is not None:  # what comes before this block has been read, and is in reach
+            self.passing.reached(memoryview(self._map()), offset)
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(self._map(), dtype=dtype, count=stop - start, offset=offset)
         # Kernels may assume that an element lies at a multiple of its size.
