@@ -2,8 +2,8 @@
 
     python benchmarks/speed/generate.py --out /tmp/speed --size 0.5 --experts 4
 
-Experts differ from the base by about 1 % of its size in every tensor, as fine-tunes do. Sizes are in
-1e9 parameters: 0.1, 0.5, 1.5.
+Experts differ from the base by about 1 % of its size in every tensor, as fine-tunes do. Sizes are
+in 1e9 parameters: 0.1, 0.5, 1.5.
 """
 
 from __future__ import annotations
