@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-slow check format docs bench clean
+.PHONY: help install demo demo-text test test-slow check format docs bench bench-speed clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,8 +48,13 @@ format: $(INSTALLED)  ## let ruff put things right
 docs: $(INSTALLED)  ## write docs/reference from the code
 	$(BIN)/python docs/build_reference.py
 
-bench: $(INSTALLED)  ## what a merge costs beside copying the files
-	$(BIN)/python benchmarks/speed/against_copy.py
+bench: bench-speed  ## all benchmarks
+
+# mergekit stands in an environment of its own, for comparison only
+bench-speed: $(INSTALLED)  ## merges beside copying the files and beside mergekit (minutes)
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet mergekit==0.1.4 torch==2.13.0 'transformers<5'
+	$(BIN)/python benchmarks/speed/bench.py --size 0.5 --mergekit .venv-mergekit
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-mergekit mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache

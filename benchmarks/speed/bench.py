@@ -91,7 +91,8 @@ run(make_plan(make_recipe(recipe)), out)
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 done.set()
 thread.join()
-print(json.dumps({"start_s": start, "wall_s": wall, "cpu_s": cpu, "peak_mb": (peak - before) / 1e6}))
+peak_mb = (peak - before) / 1e6
+print(json.dumps({"start_s": start, "wall_s": wall, "cpu_s": cpu, "peak_mb": peak_mb}))
 """
 
 
@@ -176,7 +177,7 @@ def page(rows: list[dict[str, Any]], load: str) -> str:
         "# Speed", "",
         "Made by `make bench-speed` (`benchmarks/speed/bench.py` says what is measured and how).",
         f"Two cores, load average at the start and end: {load}. Medians of paired runs; the ratio",
-        "is wall time over that of reading all inputs and writing the output, its range in brackets.",
+        "is wall time over that of reading all inputs and writing the output, range in brackets.",
         "mergekit ran once a method, its start-up (about 5 CPU seconds) included.", "",
         "| method | 1e9 parameters | floor s | wall s | ratio to floor | CPU s | peak MB | start s "
         "| mergekit wall s | mergekit CPU s | CPU times less |",
@@ -188,11 +189,8 @@ def page(rows: list[dict[str, Any]], load: str) -> str:
             f"| {row['method']} | {row['size']} | {row['floor_s']:.2f} | {row['wall_s']:.2f} | "
             f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] | "
             f"{row['cpu_s']:.2f} | {row['peak_mb']:.0f} | {row['start_s']:.1f} | "
-            + (
-                f"{row['mergekit_wall_s']:.0f} | {peer:.0f} | {peer / row['cpu_s']:.0f} |"
-                if peer
-                else "– | – | – |"
-            )
+            + (f"{row['mergekit_wall_s']:.0f} | {peer:.0f} | " if peer else "– | – | ")
+            + (f"{peer / row['cpu_s']:.0f} |" if peer else "– |")
         )
     return "\n".join(lines) + "\n"
 
