@@ -248,6 +248,28 @@ def test_usage_errors_are_one_sentence(mergewell_here: Callable[..., Ran]) -> No
     refused(mergewell_here("merge", "--wrong"), "--wrong")
 
 
+def test_jobs_engines_and_hashes_are_chosen_by_flags(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path, shards=2)
+    given = ["merge", *flags(base, experts, method="ties", out=str(tmp_path / "out"))]
+    refused(mergewell_here(*given, "--engine", "rya"), "did you mean 'ray'")
+    refused(mergewell_here(*given, "--hash", "sha265"), "did you mean 'sha256'")
+    refused(mergewell_here(*given, "--shard", "2/2"), "i from 0 to N - 1")
+    refused(mergewell_here(*given, "--shard", "0/2", "--engine", "ray"), "exclude each other")
+    first = mergewell_here(*given, "--hash", "sha256", "--shard", "1/2")
+    assert first.returncode == 0 and "1 are still missing" in first.stdout
+    assert mergewell_here(*given, "--hash", "sha256", "--shard", "0/2", "--json").returncode == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    files = [*manifest["inputs"], *manifest["outputs"]]
+    assert all(file["hash"].startswith("sha256:") for file in files)
+    deep = mergewell_here("verify", str(tmp_path / "out"), "--deep")
+    assert deep.returncode == 0 and "made again are equal" in deep.stdout
+    (experts[0] / "model-00001-of-00002.safetensors").unlink()
+    assert mergewell_here("verify", str(tmp_path / "out")).returncode == 0
+    refused(mergewell_here("verify", str(tmp_path / "out"), "--deep"), "is gone")
+
+
 TOY = '''"""Take the median of the experts."""
 
 from __future__ import annotations
