@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ def run_on_ray(
             ray.init(
                 address=address,
                 log_to_driver=False,
+                logging_level=logging.ERROR,
                 include_dashboard=False if address is None else None,
             )
         try:
