@@ -43,7 +43,7 @@ def update(statistic: MagnitudeThreshold, done: State, block: RawBlock, index: i
         for k, expert in enumerate(block.experts):
             for rank, key in enumerate(wanted[k]):
                 row = k * len(wanted[k]) + rank
-                ties[row, chunk] = ops.count_ties(base[part], expert[part], key)
+                ties[row, chunk] = int(ops.count_ties(base[part], expert[part], key))
     return {f"{block.name}:ties": ties}
 
 
