@@ -37,14 +37,14 @@ def update(statistic: MagnitudeThreshold, done: State, block: RawBlock, index: i
                 for rank, bucket in enumerate(wanted[k]):
                     ops.count_lower(base[part], expert[part], bucket, counts[k, rank])
         return {f"{owner}:fine": torch.from_numpy(counts)}
-    ties = torch.zeros(len(wanted) * len(wanted[0]), -(-block.numel // CHUNK), dtype=torch.int64)
+    ties = np.zeros((len(wanted) * len(wanted[0]), -(-block.numel // CHUNK)), np.int64)
     for part in _parts(base.size):
         chunk = (block.offset + part.start) // CHUNK
         for k, expert in enumerate(block.experts):
             for rank, key in enumerate(wanted[k]):
                 row = k * len(wanted[k]) + rank
-                ties[row, chunk] = int(ops.count_ties(base[part], expert[part], key))
-    return {f"{block.name}:ties": ties}
+                ties[row, chunk] = ops.count_ties(base[part], expert[part], key)
+    return {f"{block.name}:ties": torch.from_numpy(ties)}
 
 
 def _parts(size: int) -> list[slice]:
