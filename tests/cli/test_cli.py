@@ -322,3 +322,50 @@ def test_a_new_method_is_one_new_file(tmp_path: Path) -> None:
     )  # fmt: skip
     assert laws.returncode == 0, laws.stdout
     assert "14 passed" in laws.stdout, laws.stdout
+
+
+def test_flags_beside_a_recipe_are_refused_and_not_ignored(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(mergewell_here("merge", *flags(base, experts), "--print-recipe").stdout)
+    for flag in (("--method", "dare"), ("--seed", "7"), ("--dtype", "float32"), ("--set", "a=1")):
+        refused(mergewell_here("merge", str(file), *flag, "--out", str(tmp_path / "x")), flag[0])
+    assert not (tmp_path / "x").exists()
+
+
+def test_check_names_values_that_are_not_finite(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    state = tensors(1)
+    state["layer.0.weight"][0, :3] = float("nan")
+    save(experts[1], state)
+    ran = mergewell_here("check", *flags(base, experts))
+    assert ran.returncode == 2
+    assert "expert1: layer.0.weight holds 3 NaN or Inf values" in ran.stderr
+
+
+def test_data_for_a_bare_file_asks_for_the_module(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    file = str(base / "model.safetensors")
+    refused(
+        mergewell_here("check", *flags(Path(file), experts), "--data", "x.npz"), "--model-factory"
+    )
+
+
+def test_no_arguments_show_the_help_and_the_version_is_known(
+    mergewell_here: Callable[..., Ran],
+) -> None:
+    assert mergewell_here().stdout.startswith("Usage: mergewell")
+    assert mergewell_here("--version").stdout == f"mergewell {mergewell.__version__}\n"
+
+
+def test_types_of_parameters_are_words(mergewell_here: Callable[..., Ran]) -> None:
+    for name in mergewell_here("methods", "--json").stdout and ("ties", "model_stock", "cabs"):
+        shown = mergewell_here("methods", name).stdout
+        assert "typing" not in shown and "FieldInfo" not in shown
+    assert "number in (0, 1], or one for each expert" in mergewell_here("methods", "ties").stdout

@@ -48,3 +48,15 @@ def test_the_demo_checks_merges_evaluates_and_reports(
     assert max(kept["mean"] for kept in data["retention"].values()) >= 0.9
     assert {"weights", "activations", "merges", "evaluation"} <= set(shown)
     assert "own expert" in summary(results)
+
+
+def test_a_demo_that_is_broken_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergewell.demo.run.check", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path / "demo", text=False)
+    assert list(tmp_path.iterdir()) == []

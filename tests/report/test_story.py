@@ -43,9 +43,9 @@ def test_merges_within_the_best_interval_are_as_good(example: Data) -> None:
 @pytest.mark.parametrize(
     ("mean", "level", "words"),
     [
-        (0.93, "good", "They merge well: ties keeps 93.0"),
-        (0.90, "good", "one network instead of four."),
-        (0.89, "fair", "They merge at a price"),
+        (0.97, "good", "They merge well: ties keeps 97.0"),
+        (0.95, "good", "one network instead of four."),
+        (0.94, "fair", "They merge at a price"),
         (0.5, "poor", "They do not merge well: even the best merge, ties, keeps only"),
     ],
 )
@@ -111,7 +111,8 @@ def test_the_cosines_in_words(example: Data, cosine: float, words: str) -> None:
 
 
 def test_the_reasons_name_what_supports_the_verdict(example: Data) -> None:
-    first, second, third = story.reasons(told(example))
+    first, base, second, third = story.reasons(told(example))
+    assert base.startswith("The base alone, without any merge, has ")
     assert "86.3" in first and "94.9" in first and "the ensemble 83.4" in first
     assert second.startswith("Its weakest task is sign_digits")
     assert "of 33 layers" in third

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.table import Table
 
 from mergewell.cli.progress import steps
-from mergewell.errors import OutputError, RecipeError, did_you_mean
+from mergewell.component import Fractions
+from mergewell.errors import ModelError, OutputError, RecipeError, did_you_mean
 from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
@@ -48,9 +49,9 @@ def merge(
     *,
     base: str | None,
     experts: Sequence[str],
-    method: str,
+    method: str | None,
     settings: Sequence[str],
-    seed: int,
+    seed: int | None,
     dtype: str | None,
     resume: bool,
     workers: int | None,
@@ -61,16 +62,26 @@ def merge(
     as_json: bool,
 ) -> None:
     """Merge by a recipe file or by flags."""
-    if recipe_file is not None and (base or experts or settings):
+    flags = {
+        "--base": base, "--expert": experts or None, "--method": method, "--set": settings or None,
+        "--seed": seed, "--dtype": dtype,
+    }  # fmt: skip
+    beside = [flag for flag, value in flags.items() if value is not None]
+    if recipe_file is not None and beside:
         raise RecipeError(
-            f"{recipe_file}: a recipe and --base, --expert or --set exclude each other; "
-            "put them into the recipe."
+            f"{recipe_file}: a recipe and {', '.join(beside)} exclude each other; "
+            "put what you want into the recipe."
         )
     recipe = (
         read_recipe(recipe_file)
         if recipe_file is not None
         else recipe_from_flags(
-            base=base, experts=experts, method=method, settings=settings, seed=seed, dtype=dtype
+            base=base,
+            experts=experts,
+            method=method or "average",
+            settings=settings,
+            seed=seed or 0,
+            dtype=dtype,
         )
     )
     if print_recipe:
@@ -182,8 +193,6 @@ def check(
     html_file: Path | None,
 ) -> None:
     """Check experts against their base."""
-    from typing import get_args
-
     from mergewell import check as checking
     from mergewell.calibrate import batches, load_inputs
     from mergewell.models.capture import Mode
@@ -195,6 +204,11 @@ def check(
     planned = make_plan(recipe)
     used = None
     if data is not None:
+        if model_factory is None and not Path(recipe.base or "").is_dir():
+            raise ModelError(
+                f"{recipe.base} is no Hugging Face folder, so --data needs --model-factory "
+                "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
+            )
         source = ModuleSource.parse(model_factory or str(recipe.base))
         inputs = load_inputs(data, model_folder=recipe.base, limit=samples)
         cut = list(batches(inputs, 16))
@@ -303,7 +317,7 @@ def methods(name: str | None, *, as_json: bool) -> None:
     print("\nParameters (--set NAME=VALUE, or keys under `method:` in a recipe):")
     for parameter in describe_method(name)["parameters"]:
         print(f"  {parameter['name']} = {parameter['default']}    {parameter['type']}")
-        print(f"      {parameter['help']}")
+        print(f"      {' '.join(parameter['help'].split())}")
 
 
 def describe_method(name: str) -> dict[str, Any]:
@@ -330,7 +344,19 @@ def describe_method(name: str) -> dict[str, Any]:
     }
 
 
-def _type_name(annotation: object) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    return str(annotation).replace("typing.Literal", "one of ")
+def _type_name(annotation: Any) -> str:
+    """Return a parameter's type in words."""
+    if annotation == Fractions:
+        return "number in (0, 1], or one for each expert"
+    parts = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            return "one of " + ", ".join(map(str, parts))
+        case origin if origin is Annotated:
+            return _type_name(parts[0])
+        case origin if origin is tuple:
+            return f"list ({_type_name(parts[0])} for each expert)"
+        case None:
+            return "none" if annotation is type(None) else annotation.__name__
+        case _:
+            return " or ".join(map(_type_name, parts))

@@ -10,7 +10,6 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,6 +27,23 @@ Method = Annotated[str, typer.Option("--method", help="A name from `mergewell me
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the method.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from mergewell import __version__
+
+        print(f"mergewell {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    del version
 
 
 @app.command()
@@ -49,14 +65,16 @@ def check(
     base: Base = None,
     expert: Experts = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Unlabelled inputs: .jsonl, folder, .npz.")
+        str | None,
+        typer.Option(metavar="PATH", help="Unlabelled inputs: .jsonl, folder, .safetensors, .npz."),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="Whose inputs a layer gets: merged, pretrained or own.")
     ] = "merged",
     samples: Annotated[int, typer.Option(min=1, help="At most this many inputs.")] = 128,
     model_factory: Annotated[
-        str | None, typer.Option(metavar="PKG:FUNC", help="Function that makes the module.")
+        str | None,
+        typer.Option(metavar="PKG:FUNC", help="Function that makes the module, or timm:NAME."),
     ] = None,
     method: Method = "average",
     set_: Settings = None,
@@ -88,9 +106,11 @@ def merge(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write.")] = None,
     base: Base = None,
     expert: Experts = None,
-    method: Method = "average",
+    method: Annotated[
+        str | None, typer.Option(help="A name from `mergewell methods`; average if absent.")
+    ] = None,
     set_: Settings = None,
-    seed: Annotated[int, typer.Option(help="Seed of random methods.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of random methods; 0 if absent.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Stored dtype; the base's if absent.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
     workers: Workers = None,
@@ -149,15 +169,24 @@ def methods(
     commands.methods(name, as_json=json)
 
 
+_INTERRUPTED = 130
+_STOPPED = (
+    "stopped; an output stands complete under its name or not at all, and a merge of several files "
+    "goes on with --resume."
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 2 the user's mistake, 1 ours."""
     try:
-        result = app(arguments, prog_name="mergewell", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        result = app(given or ["--help"], prog_name="mergewell", standalone_mode=False)
     except KeyboardInterrupt:
-        print("mergewell: stopped; nothing was left under the final name.", file=sys.stderr)
-        return 130
+        result = _INTERRUPTED
     except Exception as error:
         return _explain(error)
+    if result == _INTERRUPTED:
+        print(f"mergewell: {_STOPPED}", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

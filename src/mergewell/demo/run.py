@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -43,8 +44,18 @@ def run_demo(folder: Path, *, text: bool, on_step: OnStep | None = None) -> Resu
     """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} exists already; remove it, or choose another with --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    step = on_step if on_step is not None else _silent
+    hidden = folder.parent / f".{folder.name}.mergewell-demo"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        results = _run(hidden, text=text, step=on_step if on_step is not None else _silent)
+        hidden.replace(folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return results
+
+
+def _run(folder: Path, *, text: bool, step: OnStep) -> Results:
     clock = _Clock()
     with clock.time("experts"):
         suite = _suite(text, step)

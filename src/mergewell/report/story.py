@@ -10,7 +10,7 @@ from statistics import median
 from mergewell.report.numbers import counted, fixed, in_words, number, percent
 from mergewell.report.results import Cutoffs, Finding, LayerMLoss, Level, Merge, Results
 
-WELL, PARTLY = 0.9, 0.75
+WELL, PARTLY = 0.95, 0.75
 """Retention from which a merge is called good, and fair."""
 
 LONG = 100
@@ -202,10 +202,21 @@ def reasons(results: Results) -> tuple[str, ...]:
     for name in ("ensemble", "base"):
         said[0] += f", the {name} {percent(mean[name])}" if name in mean else ""
     said[0] += "."
+    alone = [
+        accuracy.base[task] / own
+        for task, own in accuracy.expert.items()
+        if own and task in accuracy.base
+    ]
+    if alone:
+        share = percent(math.fsum(alone) / len(alone))
+        said.append(f"The base alone, without any merge, has {share} of the experts’ accuracy.")
     if best.worst_task:
         said.append(f"Its weakest task is {best.worst_task}, where it keeps {percent(best.worst)}.")
     if results.layers:
-        said.append(f"M-Loss is {_levels(results.layers, results.cutoffs)}.")
+        said.append(
+            f"Layer by layer M-Loss is {_levels(results.layers, results.cutoffs)}; small gaps "
+            "add up over the layers."
+        )
     return tuple(said)
 
 
