@@ -218,8 +218,10 @@ def _results(
 
 
 def _label(base: Path) -> str:
-    """Return a base's file name, or its folder's where the file is called as all are."""
-    return base.parent.name if base.name == "model.safetensors" else base.name
+    """Return a base's file name, or its folders' where the file is called as all are."""
+    if base.name != "model.safetensors":
+        return base.name
+    return f"{base.parent.parent.name}/{base.parent.name}"
 
 
 def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
