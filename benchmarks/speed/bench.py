@@ -62,6 +62,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "model_stock": ({"name": "model_stock"}, {"merge_method": "model_stock"}, 4),
 }
 
+_HARD = ("ties", "dare_ties", "della", "breadcrumbs", "sce")
+
 CHILD = """
 import json, resource, sys, threading, time
 began = time.perf_counter()
@@ -192,6 +194,14 @@ def page(rows: list[dict[str, Any]], load: str) -> str:
             + (f"{row['mergekit_wall_s']:.0f} | {peer:.0f} | " if peer else "– | – | ")
             + (f"{peer / row['cpu_s']:.0f} |" if peer else "– |")
         )
+    over = [row for row in rows if row["ratio"] > (3.0 if row["method"] in _HARD else 2.0)]
+    lines += [
+        "",
+        "Targets are a ratio of 2.0, and of 3.0 for trimming, dropping and ranking methods.",
+    ]
+    if over:
+        names = ", ".join(f"{row['method']} at {row['size']}" for row in over)
+        lines.append(f"Missed here: {names}.")
     return "\n".join(lines) + "\n"
 
 
