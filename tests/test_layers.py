@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "component", "tensor_group", "storage", "statistics"},
     {"methods", "models", "kernels"},
     {"recipe", "mergekit", "plan", "changes", "run", "blocks", "jobs", "verify", "engines"},
-    {"diagnostics", "learners", "evaluate", "calibrate"},
+    {"diagnostics", "learners", "evaluate", "inputs", "calibration"},
     {"report", "tune", "advise", "check", "demo"},
     {"cli"},
 ]

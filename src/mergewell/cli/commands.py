@@ -194,7 +194,7 @@ def check(
 ) -> None:
     """Check experts against their base."""
     from mergewell import check as checking
-    from mergewell.calibrate import batches, load_inputs
+    from mergewell.inputs import batches, load_inputs
     from mergewell.models.capture import Mode
     from mergewell.models.loader import ModuleSource
 

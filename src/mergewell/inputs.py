@@ -1,4 +1,4 @@
-"""Calibrate: read a few unlabelled inputs, whatever they are, and cut them into batches.
+"""Inputs: read a few unlabelled ones, whatever they are, and cut them into batches.
 
 Texts in a JSONL file, a folder of images, or named tensors in a safetensors or npz file.
 Shapes: N samples, T tokens, H and W pixels.

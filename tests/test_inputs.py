@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mergewell.calibrate import ImageFormat, batches, check_names, load_inputs
+from mergewell.inputs import ImageFormat, batches, check_names, load_inputs
 from mergewell.errors import DataError
 
 
