@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, level_of
+from mergewell.diagnostics.ops import Rows, mean, pair_values, rows_of
 
 
 class SignConflict(Diagnostic):
@@ -31,11 +32,13 @@ class SignConflict(Diagnostic):
             if mass[1] > 0.001 * whole
         }
         worst = max(shares, key=shares.__getitem__, default="")
+        largest, top = _largest(evidence)
         return Finding(
             question="How much of what the experts learned cancels when it is added up?",
             verdict=(
                 f"{100 * conflict:.0f} % of the task vectors' mass cancels in their sum; "
-                f"{100 * unrelated:.0f} % would if they had nothing to do with one another."
+                f"{100 * unrelated:.0f} % would if they had nothing to do with one another"
+                + (f", and {100 * top:.0f} % of the largest entries oppose." if largest else ".")
             ),
             level=level_of(conflict - unrelated, good=0.02, poor=0.15),
             where=worst,
@@ -46,5 +49,19 @@ class SignConflict(Diagnostic):
                 if conflict > unrelated + 0.02
                 else ""
             ),
-            predictors={"sign_conflict": conflict, "opposed": opposed.tolist()},
+            predictors={
+                "sign_conflict": conflict,
+                "opposed": opposed.tolist(),
+                **({"opposed_top": largest, "opposed_top_mean": top} if largest else {}),
+            },
         )
+
+
+def _largest(evidence: Evidence) -> tuple[Rows, float]:
+    """Return the pairs' fractions of opposite signs among large entries, and their mean."""
+    if not evidence.top_conflicts:
+        return [], 0.0
+    opposed, compared = torch.stack(list(evidence.top_conflicts.values())).sum(0).double()
+    shares = opposed / compared  # nan where nothing was compared
+    pairs = pair_values(shares)
+    return (rows_of(shares), mean(pairs)) if pairs else ([], 0.0)

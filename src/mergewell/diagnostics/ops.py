@@ -1,0 +1,144 @@
+"""What diagnostics share: matrices of pairs, and the subspaces of a plan's task matrices.
+
+Shapes: K experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergewell.plan import Plan, TensorTask
+from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, cost, measure_subspaces
+from mergewell.storage.base import Checkpoint
+
+EXCLUDED = r"embed|(^|[._])(head|heads|lm_head|classifier|score|wte|wpe|pooler|text_projection)\."
+"""Names of embeddings and heads, which the papers leave out of what is done to matrices."""
+
+BUDGET = 1e12
+"""Floating-point operations that decompositions may take: about a minute on one core."""
+
+Rows = list[list[float | None]]
+"""A matrix as plain data; None where a value is not defined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """The subspaces of a model's task matrices, and the tensors that have none."""
+
+    measured: Mapping[str, MatrixSubspaces]
+    unmeasured: Mapping[str, str]
+    """Why, by the name of each tensor of two dimensions or more that was left out."""
+
+
+def measure_matrices(
+    plan: Plan,
+    *,
+    excluded: str = EXCLUDED,
+    budget: float = BUDGET,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Matrices:
+    """Return the subspaces of every task matrix of a plan, one tensor of all models at a time.
+
+    Matrices are tensors of two dimensions, and kernels [O, I, h, w] as [O, I h w]. Left out are
+    names that `excluded` finds (embeddings and heads), what is copied rather than merged, and what
+    the `budget` does not reach: matrices are taken in an order drawn from their names, so that
+    those measured are spread over the model, and the same ones always. Vectors and numbers have no
+    subspaces and are not listed. `on_progress` is called with the matrices done and their number.
+    """
+    left_out: dict[str, str] = {}
+    wanted: list[TensorTask] = []
+    for task in plan.tasks.values():
+        if reason := _reason(task, excluded):
+            left_out[task.name] = reason
+        elif len(task.spec.shape) in (2, 4):
+            wanted.append(task)
+    spent = 0.0
+    taken: list[TensorTask] = []
+    for task in sorted(wanted, key=lambda t: hashlib.blake2b(t.name.encode()).digest()):
+        price = cost(_two(task), len(plan.experts))
+        if spent + price > budget:
+            left_out[task.name] = f"over the budget of {budget:.2g} operations"
+        else:
+            spent += price
+            taken.append(task)
+    measured: dict[str, MatrixSubspaces] = {}
+    for done, task in enumerate((t for t in wanted if t in taken), 1):
+        matrices = _task_matrices(plan, task)
+        if any(bool(matrix.any()) for matrix in matrices):
+            measured[task.name] = measure_subspaces(matrices, task.coefficients, seed=seed)
+        else:
+            left_out[task.name] = "no expert moved it"
+        if on_progress is not None:
+            on_progress(done, len(taken))
+    return Matrices(measured, {n: left_out[n] for n in plan.tasks if n in left_out})
+
+
+def pair_values(matrix: Tensor) -> list[float]:
+    """Return what stands off the diagonal of [K, K] and is defined."""
+    off = matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+    return [float(value) for value in off[off.isfinite()]]
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean of some numbers; nan of none."""
+    return sum(values) / len(values) if values else float("nan")
+
+
+def rows_of(matrix: Tensor) -> Rows:
+    """Return a matrix as plain data, None for what is not finite."""
+    return [[float(value) if bool(value.isfinite()) else None for value in row] for row in matrix]
+
+
+def cosines_of(products: Tensor) -> Tensor:
+    """Return the cosines that inner products [K, K] imply; nan where a vector is zero."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    norms = torch.where(norms == 0, float("nan"), norms)
+    return (products / norms[:, None] / norms).clamp(-1, 1)
+
+
+def distances_of(products: Tensor) -> Tensor:
+    """Return the distances that inner products [K, K] imply."""
+    squares = products.diagonal()
+    return (squares[:, None] + squares - 2 * products).clamp(min=0).sqrt()
+
+
+def percent(value: float) -> str:
+    """Return a fraction in words."""
+    return f"{100 * value:.2g} %"
+
+
+def _reason(task: TensorTask, excluded: str) -> str:
+    """Return why a tensor is left out; nothing where it is not, or is no matrix."""
+    if len(task.spec.shape) < 2 or not task.spec.dtype.is_floating_point:
+        return ""
+    if re.search(excluded, task.name):
+        return "an embedding or a head by its name"
+    if task.copied_from is not None:
+        return "copied by a rule and not merged"
+    if len(task.spec.shape) not in (2, 4):
+        return f"{len(task.spec.shape)} dimensions: neither a matrix nor a kernel of an image"
+    return "" if task.spec.numel else "it has no elements"
+
+
+def _two(task: TensorTask) -> tuple[int, int]:
+    outputs = task.spec.shape[0]
+    return outputs, task.spec.numel // max(1, outputs)
+
+
+def _task_matrices(plan: Plan, task: TensorTask) -> list[Tensor]:
+    """Return every expert's task matrix [O, I]; float64 where it is decomposed exactly."""
+    shape = _two(task)
+    dtype = torch.float64 if min(shape) <= EXACT else torch.float32
+
+    def wide(model: Checkpoint) -> Tensor:
+        return model.read(task.name).to(dtype).reshape(shape)
+
+    base = wide(plan.reference)
+    return [wide(expert) - base for expert in plan.experts]

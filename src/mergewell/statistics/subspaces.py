@@ -1,0 +1,208 @@
+"""Subspaces of task matrices: how the experts' singular directions lie to one another.
+
+Plain functions on whole matrices. Up to `EXACT` on the shorter side a decomposition is exact (by
+the Gram matrix in float64, methods.md section 2); above it is a seeded randomised one of `RANK`
+directions, whose error (the share of the norm that it misses) is measured and stated.
+
+Shapes: K experts, O outputs, I inputs, q singular directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+EXACT = 1024
+"""Shorter side up to which a matrix is decomposed exactly."""
+
+RANK = 256
+"""Directions of a randomised decomposition."""
+
+RESIDUAL = 0.05
+"""Share of a matrix' norm that its subspace may miss (arXiv:2502.04959, section 3)."""
+
+_OVERSAMPLING = 16
+_POWER_STEPS = 2
+_NUMERICALLY_ZERO = 1e-7
+"""Singular values below this share of the largest are noise of the Gram matrix in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Leading singular triplets of one matrix, largest first; none of a zero matrix."""
+
+    left: Tensor
+    """Left singular vectors, [O, q]."""
+
+    values: Tensor
+    """Singular values, [q], float64."""
+
+    right: Tensor
+    """Right singular vectors, [I, q]."""
+
+    norm: float
+    """Frobenius norm of the whole matrix."""
+
+    def missed(self, rank: int) -> float:
+        """Return the share of the norm outside of the first `rank` directions."""
+        if self.norm == 0:
+            return 0.0
+        held = float(self.values[:rank].square().sum()) / self.norm**2
+        return max(0.0, 1 - held) ** 0.5
+
+    def rank(self, residual: float = RESIDUAL) -> int:
+        """Return the fewest directions that miss `residual` at most, or all there are."""
+        held = self.values.square().cumsum(0)
+        enough = (1 - residual**2) * self.norm**2
+        return min(len(held), int((held < enough * (1 - 1e-12)).sum()) + 1)
+
+
+def decompose(matrix: Tensor, *, seed: int, exact: int = EXACT, rank: int = RANK) -> Factors:
+    """Return the singular triplets of a matrix [O, I]: all, or the `rank` leading ones.
+
+    Source of the randomised form: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
+    """
+    norm = _norm(matrix)
+    if min(matrix.shape) <= exact:
+        return _exact(matrix.to(torch.float64), norm)
+    generator = torch.Generator().manual_seed(seed)
+    width = min(rank + _OVERSAMPLING, *matrix.shape)
+    sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    basis = _orthonormal(matrix @ sketch)
+    for _ in range(_POWER_STEPS):
+        basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
+    small = _exact((basis.T @ matrix).to(torch.float64), norm)
+    left = basis @ small.left[:, :rank].to(matrix.dtype)
+    return Factors(left, small.values[:rank], small.right[:, :rank].to(matrix.dtype), norm)
+
+
+def alignment(matrix: Tensor, subspace: Tensor) -> float:
+    """Return ||U U' A|| / ||A|| for orthonormal columns U [O, k] and A [O, I]; nan for a zero A."""
+    whole = _norm(matrix)
+    if whole == 0:
+        return float("nan")
+    return min(1.0, _norm(subspace.T @ matrix) / whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """Singular task interference of one matrix."""
+
+    value: float
+    """||(U'U - 1) S (V'V - 1)||_1 over all entries, in units of the weights."""
+
+    unrelated: float
+    """What it would be for directions drawn at random with the same singular values."""
+
+
+def interference(factors: Sequence[Factors], rank: int) -> Interference:
+    """Return the interference of the experts' `rank` leading directions.
+
+    U, V hold the experts' singular vectors side by side, S their values. In the mean over random
+    directions the entry (a, b) is a sum of products of two cosines of variance 1/O and 1/I over the
+    directions of the experts that neither a nor b belongs to, hence nearly Gaussian.
+
+    Source: arXiv:2412.00081, section 3.3. The random reference is ours.
+    """
+    left = torch.cat([f.left[:, :rank] for f in factors], dim=1).to(torch.float64)
+    right = torch.cat([f.right[:, :rank] for f in factors], dim=1).to(torch.float64)
+    values = torch.cat([f.values[:rank] for f in factors])
+    between = left.T @ left - torch.eye(len(values), dtype=torch.float64)
+    across = right.T @ right - torch.eye(len(values), dtype=torch.float64)
+    value = float(((between * values) @ across).abs().sum())
+    counts = torch.tensor([len(f.values[:rank]) for f in factors], dtype=torch.float64)
+    energies = torch.stack([f.values[:rank].square().sum() for f in factors])
+    own = torch.eye(len(factors), dtype=torch.float64)
+    others = energies.sum() - energies[:, None] - energies + own * energies
+    spread = (others.clamp(min=0) * 2 / torch.pi / left.shape[0] / right.shape[0]).sqrt()
+    return Interference(value, float((counts[:, None] * counts * spread).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSubspaces:
+    """How the task matrices of one tensor lie to their sum and to one another."""
+
+    alignment: Tensor
+    """Share of each expert's norm in the sum's subspace, [K]; nan where it did not move."""
+
+    pairs: Tensor
+    """Share of expert i's norm in the subspace of expert j, [K, K]; nan where one did not move."""
+
+    rank: int
+    """Directions of the sum's subspace."""
+
+    missed: float
+    """Share of the sum's norm outside of its subspace; above `RESIDUAL` alignments are bounds."""
+
+    interference: Interference
+
+    directions: int
+    """Directions of each expert that interference was measured of."""
+
+    shape: tuple[int, int]
+    """Of the matrices, (O, I)."""
+
+
+def measure_subspaces(
+    task_matrices: Sequence[Tensor], coefficients: Sequence[float], *, seed: int = 0
+) -> MatrixSubspaces:
+    """Return alignment and interference of K task matrices [O, I] of one tensor."""
+    summed = torch.zeros_like(task_matrices[0])
+    for coefficient, matrix in zip(coefficients, task_matrices, strict=True):
+        summed = summed + coefficient * matrix
+    factors = [decompose(m, seed=seed + k) for k, m in enumerate(task_matrices, 1)]
+    merged = decompose(summed, seed=seed)
+    bases = [f.left[:, : f.rank()] for f in factors]
+    rank = merged.rank()
+    inside = [alignment(m, merged.left[:, :rank]) for m in task_matrices]
+    pairs = [
+        [alignment(m, basis) if basis.shape[1] else float("nan") for basis in bases]
+        for m in task_matrices
+    ]
+    share = max(1, min(task_matrices[0].shape) // len(task_matrices))
+    directions = min(share, max(len(f.values) for f in factors))
+    return MatrixSubspaces(
+        torch.tensor(inside, dtype=torch.float64),
+        torch.tensor(pairs, dtype=torch.float64),
+        rank,
+        merged.missed(rank),
+        interference(factors, share),
+        directions,
+        (task_matrices[0].shape[0], task_matrices[0].shape[1]),
+    )
+
+
+def cost(shape: Sequence[int], experts: int) -> float:
+    """Return about how many floating-point operations `measure_subspaces` takes for [O, I]."""
+    short, long = min(shape), max(shape)
+    if short <= EXACT:
+        each = 2 * short**2 * long * 2 + 10 * short**3
+    else:
+        each = 2 * short * long * (RANK + _OVERSAMPLING) * (2 + 2 * _POWER_STEPS)
+    width = short if short <= EXACT else RANK
+    return (experts + 1) * each + (experts + 1) * experts * 2 * width * short * long
+
+
+def _exact(matrix: Tensor, norm: float) -> Factors:
+    """Decompose by the smaller Gram matrix; directions of no length are left out."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    squares, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(gram))
+    values = squares.flip(0).clamp(min=0).sqrt()
+    held = values > _NUMERICALLY_ZERO * values[0]
+    values, known = values[held], vectors.flip(1)[:, held]
+    other = (matrix @ known if tall else matrix.T @ known) / values
+    left, right = (other, known) if tall else (known, other)
+    return Factors(left, values, right, norm)
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    return cast("Tensor", torch.linalg.qr(matrix).Q)
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(matrix.square().sum(dtype=torch.float64)) ** 0.5

@@ -1,0 +1,57 @@
+"""How often the largest entries of two task vectors point in opposite directions.
+
+Shapes: K experts.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from mergewell.component import Fractions
+from mergewell.statistics.base import State
+from mergewell.statistics.magnitude import MagnitudeThreshold, magnitude_key
+from mergewell.tensor_group import CHUNK, TensorGroup, Value
+
+
+class TopConflict(MagnitudeThreshold):
+    """Of each pair's largest entries, how many have opposite signs, and how many were compared.
+
+    An entry counts for a pair where it is among the `density` largest of *either* task vector and
+    both are non-zero: a zero opposes nothing, and agrees with nothing. Entries that tie with the
+    last one taken are all taken.
+
+    Source: the trim and the signs of TIES, arXiv:2306.01708, section 3; methods.md C2.
+    """
+
+    cuts_ties: ClassVar[bool] = False
+    passes: ClassVar[int] = 4
+
+    density: Fractions = 0.2
+    """Fraction of the entries that count as large, of all experts or of each."""
+
+    def update(self, done: State, group: TensorGroup, index: int) -> State:
+        """Return one block's counts; in the last pass [2, K, K], opposed and compared entries."""
+        if index < 3:
+            return super().update(done, group, index)
+        cuts = super().value(done, group.name, group.whole_numel)["key"]
+        counts = torch.zeros(2, len(cuts), len(cuts), dtype=torch.int64)
+        taus = [tau.flatten() for tau in group.task_vectors]
+        for start in range(0, taus[0].numel(), CHUNK):
+            part = torch.stack([tau[start : start + CHUNK] for tau in taus])
+            large = (magnitude_key(part) >= cuts[:, None]).float()
+            up, down = (part > 0).float(), (part < 0).float()
+            either, changed = up + down, large * (up + down)
+            # counts below 2^24 are exact in float32; large in i or j = in i + in j - in both
+            first = (large * up) @ down.T + (large * down) @ up.T
+            both = (large * up) @ (large * down).T + (large * down) @ (large * up).T
+            any_sign = changed @ either.T
+            counts[0] += (first + first.T - both).to(torch.int64)
+            counts[1] += (any_sign + any_sign.T - changed @ changed.T).to(torch.int64)
+        return {f"{group.name}:conflicts": counts}
+
+    def value(self, done: State, name: str, numel: int) -> Value:
+        """Return `conflicts` [2, K, K] (opposed, compared) of the tensor, int64."""
+        del numel
+        return {"conflicts": done[f"{name}:conflicts"]}
