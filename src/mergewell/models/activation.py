@@ -69,6 +69,10 @@ class Activation:
         return values[-1].expand_as(z)
 
 
+IDENTITY = Activation("identity", ())
+
+SIGMOID = Activation("sigmoid", (Step("aten.sigmoid.default", (Slot(0),), {}),))
+
 _KNOWN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu6": functional.relu6,
@@ -92,6 +96,8 @@ def named(activation: Activation) -> Activation:
     """Return the activation under its known name, found by comparing values on a grid."""
     grid = _grid()
     values = activation(grid)
+    if _equal(values, grid):
+        return replace(activation, name="identity")
     for name, function in _KNOWN.items():
         if _equal(values, function(grid)):
             return replace(activation, name=name)

@@ -1,32 +1,41 @@
-"""Capture: run modules on unlabelled batches and hand their pre-activations to statistics.
+"""Capture: run modules on unlabelled batches and hand what units make to statistics.
 
-Shapes: K experts, N samples, T tokens, O nodes.
+Shapes: K experts, N samples, T tokens, O nodes, H heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mergewell.errors import DataError, ModelError, RecipeError, did_you_mean
 from mergewell.models.dataflow import Batch, call, evaluating, parts
-from mergewell.models.trace import ActivatedLayer, Trace
+from mergewell.models.observe import HEADS, Averages, observe_own, observing, part_of
+from mergewell.models.trace import Trace
+from mergewell.models.units import CHEAP, Kind, Unit, checked_kinds
 from mergewell.statistics.base import State
-from mergewell.statistics.m_loss import ActivationBatch, MLoss
+from mergewell.statistics.m_loss import MLoss
+from mergewell.statistics.m_loss_theory import Theory, theory_of
 
-Mode = Literal["merged", "pretrained", "own"]
-"""Whose hidden state h a layer is fed: the merged model's, the base's, or each model's own."""
+Mode = Literal["merged", "pretrained", "mean", "own"]
+"""Whose hidden state h a unit is fed: the merged model's, the base's, the plain average's, or each
+model's own."""
+
+_ROLES: Mapping[str, str] = {
+    "merged": "merged model",
+    "pretrained": "base",
+    "mean": "average model",
+    "own": "merged model",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMLoss:
-    """M-Loss of one layer; see `MLoss.value` for the definitions."""
+    """M-Loss of one unit; see `MLoss.value` for the definitions."""
 
     layer: str
     activation: str
@@ -39,6 +48,15 @@ class LayerMLoss:
     """Mean gap, [O], float64."""
     energy: Tensor
     """Mean squared activation of the ensemble, [O], float64."""
+    kind: Kind = "activation"
+    parameters: tuple[str, ...] = ()
+    """Names of the parameters that the unit owns."""
+    observations: float = 1.0
+    """Number of observations (samples times positions) that counted."""
+    heads: Tensor | None = None
+    """Relative M-Loss of each head's values before the output projection, [H], float64."""
+    theory: Theory | None = None
+    """What a Gaussian model expects and what bounds allow; None where it has no say."""
 
 
 def measure_m_loss(
@@ -50,19 +68,24 @@ def measure_m_loss(
     mode: Mode = "merged",
     merged: nn.Module | None = None,
     base: nn.Module | None = None,
+    average: nn.Module | None = None,
+    kinds: Sequence[Kind] = CHEAP,
+    merged_layers: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[LayerMLoss, ...]:
-    """Return the M-Loss of every covered layer, in forward order.
+    """Return the M-Loss of every unit of the wanted kinds, in forward order.
 
-    Modes `merged` and `pretrained` run one forward pass of the merged model or of the base; each
-    expert's layer (and BatchNorm) is applied to the same h inside a hook. Mode `own` runs every
-    model by itself and compares with the merged model's own activations; it holds one batch of all
-    models' covered pre-activations. Padding is left out where the batch has an `attention_mask`
-    [N, T] and the layer gives [N, T, O]. `coefficients` are 1/K unless given; `on_batch` is called
-    with the number of batches done. The modules come back as they were.
+    Modes `merged`, `pretrained` and `mean` run one forward pass of the merged model, the base or
+    the `average`; each expert's unit is applied to the same h inside a hook. Mode `own` runs every
+    model by itself and compares with the merged model's own; it holds one batch of all models'
+    units. The merged side of the other modes is the mean of the experts' pre-activations (of module
+    units: the module with mean parameters) or, with `merged_layers`, what the merged model's own
+    layers make of h. Padding is left out where the batch has an `attention_mask` [N, T] and the
+    unit gives [N, T, O]. `coefficients` are 1/K unless given; `on_batch` is called with the number
+    of batches done. The modules come back as they were.
 
     Source: papers.md 1.2 and 1.10. Raises:
-        RecipeError: an unknown mode, no experts, or coefficients off the simplex.
+        RecipeError: an unknown mode or kind, no experts, or coefficients off the simplex.
         ModelError: the model that a mode needs is not given, or a model lacks a layer.
         DataError: no batch was given, or a gap is not finite.
     """
@@ -70,133 +93,53 @@ def measure_m_loss(
         raise RecipeError(f"There is no M-Loss mode {mode!r}: {did_you_mean(mode, get_args(Mode))}")
     if not experts:
         raise RecipeError("M-Loss of no experts is not defined; name at least one expert.")
-    reference, role = (base, "base") if mode == "pretrained" else (merged, "merged model")
+    units = trace.of(checked_kinds(kinds))
+    reference = {"pretrained": base, "mean": average}.get(mode, merged)
     if reference is None:
-        raise ModelError(f"M-Loss mode {mode!r} runs the {role}, which was not given; give it.")
-    models = [("the " + role, reference)]
+        raise ModelError(
+            f"M-Loss mode {mode!r} runs the {_ROLES[mode]}, which was not given; give it."
+        )
+    if merged_layers and merged is None:
+        raise ModelError("M-Loss of merged layers needs the merged model; give it.")
+    models = [(f"the {_ROLES[mode]}", reference)]
     models += [(f"expert {index + 1}", expert) for index, expert in enumerate(experts)]
+    if merged_layers and merged is not None and merged is not reference:
+        models.append(("the merged model", merged))
     for name, model in models:
-        _check_layers(name, model, trace)
+        _check_layers(name, model, units)
     shares = coefficients if coefficients is not None else [1 / len(experts)] * len(experts)
-    observe = _observe_own if mode == "own" else _observe_shared
-    states: dict[str, State] = {layer.layer: {} for layer in trace.covered}
+    averages = Averages(experts, shares)
+    states: dict[str, State] = {unit.name: {} for unit in units}
     done = 0
-    with evaluating([reference, *experts]):
+    with evaluating([model for _, model in models]):
         for batch in batches:
-            observe(reference, experts, trace, batch, shares, states)
+            if mode == "own":
+                observe_own(reference, experts, units, batch, shares, states)
+            else:
+                with observing(
+                    reference,
+                    experts,
+                    units,
+                    batch,
+                    coefficients=shares,
+                    states=states,
+                    merged=merged if merged_layers else None,
+                    averages=averages,
+                ):
+                    call(reference, batch)
             done += 1
             if on_batch is not None:
                 on_batch(done)
     if not done:
         raise DataError("M-Loss was given no batches; give at least one sample of data.")
-    return tuple(_finished(layer, states[layer.layer]) for layer in trace.covered)
+    return tuple(finished(unit, states[unit.name]) for unit in units)
 
 
-def _observe_shared(
-    reference: nn.Module,
-    experts: Sequence[nn.Module],
-    trace: Trace,
-    batch: Batch,
-    coefficients: Sequence[float],
-    states: dict[str, State],
-) -> None:
-    """Run the reference; at each layer apply every expert's layer to the reference's h."""
-    inside = False  # an expert may be the reference: its layers must not call the hook again
-
-    def watch(layer: ActivatedLayer) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Any, _output: object) -> None:
-            nonlocal inside
-            if inside:
-                return
-            inside = True
-            try:
-                z = [pre_activation(expert, layer, args, kwargs) for expert in experts]
-            finally:
-                inside = False
-            keep = _kept(batch, layer, z[0])
-            observed = ActivationBatch(
-                z, coefficients, layer.activation, node_dim=layer.node_dim, keep=keep
-            )
-            states[layer.layer] = MLoss().update(states[layer.layer], observed)
-
-        return hook
-
-    _run_hooked(reference, trace, batch, watch)
-
-
-def _observe_own(
-    reference: nn.Module,
-    experts: Sequence[nn.Module],
-    trace: Trace,
-    batch: Batch,
-    coefficients: Sequence[float],
-    states: dict[str, State],
-) -> None:
-    """Run every model on its own path, then compare layer by layer."""
-    seen = [_own_pre_activations(model, trace, batch) for model in (*experts, reference)]
-    for layer in trace.covered:
-        *z, merged = [by_layer.pop(layer.layer) for by_layer in seen]
-        keep = _kept(batch, layer, merged)
-        observed = ActivationBatch(
-            z, coefficients, layer.activation, node_dim=layer.node_dim, merged=merged, keep=keep
-        )
-        states[layer.layer] = MLoss().update(states[layer.layer], observed)
-
-
-def _own_pre_activations(model: nn.Module, trace: Trace, batch: Batch) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-
-    def watch(layer: ActivatedLayer) -> Any:
-        def hook(_module: nn.Module, _args: object, _kwargs: object, output: Tensor) -> None:
-            # a copy: the activation may overwrite the output
-            seen[layer.layer] = _normalised(model, layer, output).clone()
-
-        return hook
-
-    _run_hooked(model, trace, batch, watch)
-    return seen
-
-
-def _run_hooked(
-    model: nn.Module, trace: Trace, batch: Batch, watch: Callable[[ActivatedLayer], Any]
-) -> None:
-    """Run a model with a hook on every covered layer; the hooks are always removed."""
-    with ExitStack() as hooks:
-        for layer in trace.covered:
-            module = model.get_submodule(layer.layer)
-            handle = module.register_forward_hook(watch(layer), with_kwargs=True)
-            hooks.callback(handle.remove)
-        call(model, batch)
-
-
-def pre_activation(
-    model: nn.Module, layer: ActivatedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """Return what a model's layer, and its BatchNorm if any, makes of a layer's arguments."""
-    output = model.get_submodule(layer.layer)(*args, **kwargs)
-    return _normalised(model, layer, output)
-
-
-def _normalised(model: nn.Module, layer: ActivatedLayer, output: Tensor) -> Tensor:
-    """Apply the BatchNorm's arithmetic; its module may hold an activation as well."""
-    if layer.batch_norm is None:
-        return output
-    norm: Any = model.get_submodule(layer.batch_norm)
-    mean, variance = norm.running_mean, norm.running_var
-    return functional.batch_norm(output, mean, variance, norm.weight, norm.bias, False, 0, norm.eps)
-
-
-def _kept(batch: Batch, layer: ActivatedLayer, z: Tensor) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or layer.node_dim != -1 or z.shape[:-1] != mask.shape:
-        return None
-    return mask.to(torch.bool)
-
-
-def _check_layers(name: str, model: nn.Module, trace: Trace) -> None:
+def _check_layers(name: str, model: nn.Module, units: Sequence[Unit]) -> None:
     known = {module for module, _ in parts(model)}
-    for layer in trace.covered:
-        for wanted in (layer.layer, layer.batch_norm or ""):
+    for unit in units:
+        layers = [n for b in unit.branches for n in (b.layer, b.batch_norm) if n]
+        for wanted in (unit.module, *layers):
             if wanted not in known:
                 raise ModelError(
                     f"{name[0].upper()}{name[1:]} has no layer {wanted!r}: build every model from "
@@ -204,20 +147,39 @@ def _check_layers(name: str, model: nn.Module, trace: Trace) -> None:
                 )
 
 
-def _finished(layer: ActivatedLayer, state: State) -> LayerMLoss:
-    value = MLoss().value(state)
+def finished(unit: Unit, state: State) -> LayerMLoss:
+    """Return a unit's M-Loss from its state, with what theory says of it.
+
+    Raises:
+        DataError: no observation was counted, or some model's activations were not finite.
+    """
+    plain = part_of(state, "")
+    value = MLoss().value(plain)
     if not all(bool(part.isfinite().all()) for part in value.values()):
         raise DataError(
-            f"Layer {layer.layer}: the activations of some model are not finite (NaN or infinite) "
+            f"Layer {unit.name}: the activations of some model are not finite (NaN or infinite) "
             "on the data; check the models and the data for values out of range."
         )
+    by_head = part_of(state, HEADS)
+    heads = None
+    if by_head and unit.heads:
+        gap, energy = (
+            by_head[key].view(unit.heads, -1).sum(1) for key in ("gap_squared", "ensemble_squared")
+        )
+        heads = torch.where(energy > 0, (gap / energy).sqrt(), (gap > 0).to(torch.float64))
+    laws = [branch.activation for branch in unit.branches]
     return LayerMLoss(
-        layer.layer,
-        layer.activation.name,
-        layer.nodes,
+        unit.name,
+        unit.label,
+        unit.nodes,
         float(value["absolute"]),
         float(value["relative"]),
         value["node"],
         value["mean_gap"],
         value["energy"],
+        unit.kind,
+        unit.parameters,
+        float(plain["observations"]),
+        heads,
+        theory_of(plain, [(law.name, law, law.slope) for law in laws]),
     )

@@ -22,15 +22,20 @@ Batch = Tensor | Mapping[str, Tensor]
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Hold modules in eval mode without gradients or fused fast paths, then restore them.
+    """Hold modules in eval mode without gradients, fused fast paths or caches, then restore them.
 
-    torch's fused transformer layer would hide its linear layers from tracing and from hooks.
+    torch's fused transformer layer would hide its linear layers from tracing and from hooks; a
+    cache of keys and values would grow whenever another model's attention is called in a hook.
     """
-    training = [part for module in modules for part in module.modules() if part.training]
+    held = list(modules)
+    training = [part for module in held for part in module.modules() if part.training]
+    configs = {id(c): c for m in held for part in m.modules() for c in _caching(part)}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for part in training:
         part.training = False
+    for config in configs.values():
+        config.use_cache = False
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -38,6 +43,14 @@ def evaluating(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for part in training:
             part.training = True
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _caching(part: nn.Module) -> list[Any]:
+    """Return a Hugging Face module's configuration if it says that keys are to be cached."""
+    config: Any = getattr(part, "config", None)
+    return [config] if getattr(config, "use_cache", None) is True else []
 
 
 def call(module: nn.Module, batch: Batch) -> Any:

@@ -1,4 +1,4 @@
-"""M-Loss: how far the activation of merged pre-activations is from the experts' mean activation.
+"""M-Loss: how far what merged pre-activations give is from the mean of what the experts' give.
 
 Shapes: K experts, N samples, O nodes; any further dimensions are positions (tokens, pixels).
 """
@@ -21,25 +21,43 @@ TOLERANCE = 1e-4
 BLOCK = 32_767
 """Elements handled at a time: they stay in the cache, and torch starts no threads for so few."""
 
+PLENTY = 1024
+"""Observations in a batch from which float32 is enough, if the gap is not small."""
+
+SMALL = 1e-3
+"""Gap, as a fraction of the ensemble, below which a block is computed in float64.
+
+The activations' rounding errors in float32 are about 1e-7 of the ensemble and independent, so over
+`PLENTY` observations a squared gap of this size is right to about 2e-4 / sqrt(PLENTY) < 1e-5.
+"""
+
+Factors = tuple[Tensor, ...]
+"""The branches of a gated unit: the gate's pre-activation, and what its function multiplies."""
+
+
+def identity(output: Tensor) -> Tensor:
+    """Return a module's output as it is: the "activation" of units that are whole modules."""
+    return output
+
 
 @dataclass(frozen=True, slots=True)
 class ActivationBatch:
-    """One batch of pre-activations of every expert at one layer."""
+    """One batch of pre-activations of every expert at one unit."""
 
-    pre_activations: Sequence[Tensor]
-    """K tensors z_j of one shape [N, ...] with the nodes along `node_dim`."""
+    pre_activations: Sequence[Tensor | Factors]
+    """K tensors z_j of one shape [N, ...] with the nodes along `node_dim`, or K tuples of such."""
 
     coefficients: Sequence[float]
     """K coefficients on the simplex: 0 or more, sum 1."""
 
-    activation: Callable[[Tensor], Tensor]
-    """The pointwise function that follows the layer."""
+    activation: Callable[..., Tensor]
+    """The pointwise function that follows: of one tensor, or of as many as a tuple has."""
 
     node_dim: int
     """The dimension of one pre-activation tensor that counts the nodes."""
 
-    merged: Tensor | None = None
-    """Merged pre-activation, where it is not the experts' mean (mode `own`)."""
+    merged: Tensor | Factors | None = None
+    """Merged pre-activation, where it is not the experts' mean."""
 
     keep: Tensor | None = None
     """Observations that count, boolean, the shape of a pre-activation without nodes."""
@@ -50,8 +68,12 @@ class MLoss(Statistic[ActivationBatch]):
 
     gap = sum_j c_j f(z_j) - f(sum_j c_j z_j). Source: papers.md 1.2.2 (node), 1.2.3 (layer).
     Departures: sums run over all observations, not the mean of batch means; both means are written
-    z_0 + sum_j c_j (z_j - z_0), so that equal experts have a gap of exactly 0, in float64.
+    z_0 + sum_j c_j (z_j - z_0), so that equal experts have a gap of exactly 0. Batches in float64,
+    small ones and small gaps are computed in float64, the others in float32; sums are in float64.
     """
+
+    moments: bool = True
+    """Whether sums and products of the pre-activations are gathered, for the expected M-Loss."""
 
     def update(self, state: State, batch: ActivationBatch) -> State:
         """Return the state with one more batch.
@@ -60,35 +82,49 @@ class MLoss(Statistic[ActivationBatch]):
             RecipeError: the coefficients are not one an expert on the simplex.
             DataError: the tensors of the batch differ in shape or do not begin with samples.
         """
-        coefficients = _simplex(batch.coefficients, len(batch.pre_activations))
+        shares = _simplex(batch.coefficients, len(batch.pre_activations))
         _check_shapes(batch)
-        experts = [_by_node(z, batch.node_dim) for z in batch.pre_activations]
-        merged = None if batch.merged is None else _by_node(batch.merged, batch.node_dim)
-        first = experts[0]
-        samples, before, nodes, after = first.shape
-        keep = None if batch.keep is None else batch.keep.bool().reshape(samples, before, 1, after)
-        sums = torch.zeros(3, samples, nodes, dtype=torch.float64, device=first.device)
-        for rows, columns in _blocks(first):
-            # [n, before, o, after], in float64, the nodes where the layer has them
-            z = [part[rows, :, columns].to(torch.float64) for part in experts]
-            ensemble = _mean([batch.activation(part) for part in z], coefficients)
-            other = _mean(z, coefficients) if merged is None else merged[rows, :, columns]
-            gap = ensemble - batch.activation(other.to(torch.float64))
-            if keep is not None:
-                gap = gap.masked_fill(~keep[rows], 0.0)
-                ensemble = ensemble.masked_fill(~keep[rows], 0.0)
-            for index, part in enumerate((gap, gap * gap, ensemble * ensemble)):
-                sums[index, rows, columns] = part.sum((1, 3))
-        counts = torch.full((samples,), before * after) if keep is None else keep.sum((1, 2, 3))
-        gaps, squares, energies = sums
-        added = {
-            "gap": gaps.sum(0),
-            "gap_squared": squares.sum(0),
-            "ensemble_squared": energies.sum(0),
-            "gap_norm": squares.sum(1).sqrt().sum(),
-            "observations": counts.sum(),
-            "samples": (counts > 0).sum(),
-        }
+        experts = [_factors(z) for z in batch.pre_activations]
+        first = experts[0][0]
+        masked = batch.keep is not None
+        sides = [[_rows(z, batch.node_dim, masked) for z in side] for side in experts]
+        merged: list[Tensor] | None = None
+        if batch.merged is not None:
+            merged = [_rows(z, batch.node_dim, masked) for z in _factors(batch.merged)]
+        rows, nodes, after = sides[0][0].shape
+        samples, before = first.shape[0], rows // max(1, first.shape[0])
+        kept = None if batch.keep is None else batch.keep.reshape(-1).bool().nonzero()[:, 0]
+        sums = _Sums(samples, nodes, first.device)
+        table = _Moments(sides, nodes) if self.moments and merged is None else None
+        plenty = first.dtype != torch.float64 and rows * after >= PLENTY
+        sample_of = torch.arange(rows, device=first.device) // max(1, before)
+        for picked, columns in _blocks(sides[0][0], kept):
+
+            def cut(
+                part: Tensor,
+                dtype: torch.dtype,
+                picked: slice | Tensor = picked,
+                columns: slice = columns,
+            ) -> Tensor:
+                return part[picked][:, columns].to(dtype)
+
+            def made(dtype: torch.dtype, cut: Callable[..., Tensor] = cut) -> _Block:
+                z = [[cut(part, dtype) for part in side] for side in sides]
+                other = None if merged is None else [cut(part, dtype) for part in merged]
+                return _Block(z, other, shares, batch.activation)
+
+            block = made(torch.float32) if plenty else None
+            if block is None or not block.is_trusted():
+                block = made(torch.float64)
+            sums.add(block, sample_of[picked], columns)
+            if table is not None:
+                table.add(block.basis, columns)
+        counts = torch.bincount(sample_of if kept is None else sample_of[kept], minlength=samples)
+        added = {**sums.state(), "observations": counts.sum() * after}
+        added["samples"] = (counts > 0).sum()
+        if table is not None:
+            mean = torch.tensor(shares, dtype=torch.float64)
+            added |= table.state() | {"coefficients": mean * (counts.sum() * after).cpu()}
         return self.join(state, {key: part.to(torch.float64).cpu() for key, part in added.items()})
 
     def value(self, state: State) -> Value:
@@ -120,6 +156,120 @@ class MLoss(Statistic[ActivationBatch]):
         }
 
 
+class _Block:
+    """Gap and ensemble of one block, [R, o, A] each."""
+
+    def __init__(
+        self,
+        experts: Sequence[Sequence[Tensor]],
+        merged: Sequence[Tensor] | None,
+        shares: Sequence[float],
+        activation: Callable[..., Tensor],
+    ) -> None:
+        self.basis: list[Tensor] = []
+        """Of each factor, z_0 and the differences z_j - z_0."""
+        middle: list[Tensor] = []
+        for factor in range(len(experts[0])):
+            first, *others = [side[factor] for side in experts]
+            differences = [other - first for other in others]
+            self.basis += [first, *differences]
+            if merged is None:
+                middle.append(_shifted(first, differences, shares))
+        outputs = [activation(*side) for side in experts]
+        differences = [output - outputs[0] for output in outputs[1:]]
+        self.ensemble = _shifted(outputs[0], differences, shares)
+        self.gap = self.ensemble - activation(*(middle if merged is None else merged))
+
+    def is_trusted(self) -> bool:
+        """Return whether the gap stands well above the rounding errors of float32."""
+        gap, ensemble = self.gap.flatten(), self.ensemble.flatten()
+        found, wanted = float(gap @ gap), SMALL**2 * float(ensemble @ ensemble)
+        return found >= wanted and found > 0
+
+
+class _Sums:
+    """Sums of gaps, their squares and the ensemble's squares, in float64."""
+
+    def __init__(self, samples: int, nodes: int, device: torch.device) -> None:
+        self._nodes = torch.zeros(3, nodes, dtype=torch.float64, device=device)
+        self._samples = torch.zeros(samples, dtype=torch.float64, device=device)
+
+    def add(self, block: _Block, sample_of: Tensor, columns: slice) -> None:
+        squared = block.gap * block.gap
+        parts = (block.gap, squared, block.ensemble * block.ensemble)
+        for total, part in zip(self._nodes, parts, strict=True):
+            total[columns] += _over_rows(part)
+        if squared.shape[2] > 1:
+            squared = squared.sum(2, keepdim=True)
+        of_rows = (squared[:, :, 0] @ squared.new_ones(squared.shape[1])).to(torch.float64)
+        self._samples.index_add_(0, sample_of, of_rows)
+
+    def state(self) -> dict[str, Tensor]:
+        gap, squared, energy = self._nodes
+        return {
+            "gap": gap,
+            "gap_squared": squared,
+            "ensemble_squared": energy,
+            "gap_norm": self._samples.sqrt().sum(),
+        }
+
+
+class _Moments:
+    """Sums of z_0 and of the differences to it, and of their products, per node, in float64.
+
+    Differences, so that the spread between nearly equal experts survives the rounding.
+    """
+
+    def __init__(self, sides: Sequence[Sequence[Tensor]], nodes: int) -> None:
+        experts, factors = len(sides), len(sides[0])
+        self._pairs = moment_pairs(experts, factors)
+        self._sums = torch.zeros(
+            experts * factors, nodes, dtype=torch.float64, device=sides[0][0].device
+        )
+        self._products = self._sums.new_zeros(len(self._pairs), nodes)
+
+    def add(self, basis: Sequence[Tensor], columns: slice) -> None:
+        for total, part in zip(self._sums, basis, strict=True):
+            total[columns] += _over_rows(part)
+        for total, (left, right) in zip(self._products, self._pairs, strict=True):
+            total[columns] += _over_rows(basis[left] * basis[right])
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sum": self._sums, "product": self._products}
+
+
+def moment_pairs(experts: int, factors: int) -> list[tuple[int, int]]:
+    """Return which variables' products are gathered: all of the first factor, and across.
+
+    Variables 0 .. K-1 are z_0 and the differences z_j - z_0; K .. 2K-1 the same of the second.
+    """
+    own = [(i, j) for i in range(experts) for j in range(i, experts)]
+    across = [(i, experts * f + j) for f in range(1, factors) for i, j in _square(experts)]
+    return own + across
+
+
+def _square(size: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(size) for j in range(size)]
+
+
+def _shifted(first: Tensor, differences: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    mean = first
+    for index, difference in enumerate(differences):
+        share = shares[index + 1]
+        if index == 0:
+            mean = torch.add(mean, difference, alpha=share)
+        else:
+            mean.add_(difference, alpha=share)
+    return mean
+
+
+def _over_rows(part: Tensor) -> Tensor:
+    """Return the sums over rows and positions behind the nodes, [R, o, A] to [o], in float64."""
+    if part.shape[2] > 1:
+        return part.sum(2).sum(0, dtype=torch.float64)
+    return (part.new_ones(part.shape[0]) @ part[:, :, 0]).to(torch.float64)
+
+
 def _simplex(coefficients: Sequence[float], experts: int) -> list[float]:
     shares = [float(share) for share in coefficients]
     if len(shares) != experts or not experts:
@@ -134,10 +284,14 @@ def _simplex(coefficients: Sequence[float], experts: int) -> list[float]:
     return shares
 
 
+def _factors(z: Tensor | Factors) -> Factors:
+    return z if isinstance(z, tuple) else (z,)
+
+
 def _check_shapes(batch: ActivationBatch) -> None:
-    first = batch.pre_activations[0]
-    others = [*batch.pre_activations[1:], *([] if batch.merged is None else [batch.merged])]
-    shapes = {tuple(z.shape) for z in (first, *others)}
+    sides = [*batch.pre_activations, *([] if batch.merged is None else [batch.merged])]
+    shapes = {tuple(z.shape) for side in sides for z in _factors(side)}
+    first = _factors(batch.pre_activations[0])[0]
     if len(shapes) > 1:
         raise DataError(
             f"M-Loss was given pre-activations of shapes {sorted(shapes)}; they must be equal."
@@ -154,28 +308,25 @@ def _check_shapes(batch: ActivationBatch) -> None:
         )
 
 
-def _by_node(z: Tensor, node_dim: int) -> Tensor:
-    """Return z as [N, before, O, after], the positions gathered on both sides of the nodes."""
+def _rows(z: Tensor, node_dim: int, masked: bool) -> Tensor:
+    """Return z as [R, O, A]: samples and positions before the nodes, nodes, positions after.
+
+    With a mask all positions are made rows, so that those that do not count can be left out.
+    """
     dim = node_dim % z.ndim
-    samples, before, after = z.shape[0], z.shape[1:dim].numel(), z.shape[dim + 1 :].numel()
-    return z.reshape(samples, before, z.shape[dim], after)
+    if masked and dim < z.ndim - 1:
+        z, dim = z.movedim(dim, -1), z.ndim - 1
+    return z.reshape(z.shape[:dim].numel(), z.shape[dim], z.shape[dim + 1 :].numel())
 
 
-def _blocks(z: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut samples and nodes into blocks that stay in the cache; one block on other devices."""
-    samples, before, nodes, after = z.shape
+def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[slice | Tensor, slice]]:
+    """Cut rows and nodes into blocks that stay in the cache; one block on other devices."""
+    rows, nodes, after = z.shape
+    rows = rows if kept is None else len(kept)
     size = BLOCK if z.device.type == "cpu" else max(1, z.numel())
-    positions = max(1, before * after)
-    width = max(1, min(nodes, size // positions))
-    height = max(1, size // (positions * width))
-    for row in range(0, samples, height):
+    width = max(1, min(nodes, size // max(1, after)))
+    height = max(1, size // max(1, after * width))
+    for row in range(0, rows, height):
+        picked = slice(row, row + height)
         for column in range(0, nodes, width):
-            yield slice(row, row + height), slice(column, column + width)
-
-
-def _mean(values: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    first, *others = values
-    mean = first.clone()
-    for share, other in zip(coefficients[1:], others, strict=True):
-        mean += share * (other - first)
-    return mean
+            yield picked if kept is None else kept[picked], slice(column, column + width)
