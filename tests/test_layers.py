@@ -12,7 +12,8 @@ LAYERS = [
     {"errors", "component", "tensor_group", "storage", "statistics"},
     {"methods", "models", "kernels"},
     {"recipe", "mergekit", "plan", "changes", "run", "blocks", "jobs", "verify", "engines"},
-    {"diagnostics", "learners", "evaluate", "inputs", "calibration"},
+    {"diagnostics", "learners", "evaluate", "inputs", "calibration"}
+    | {"companions", "explain", "labelled", "repair"},
     {"report", "tune", "advise", "check", "demo"},
     {"cli"},
 ]

@@ -1,0 +1,1 @@
+"""The three analyses of weight averaging: templates, features against weights, and stability."""

@@ -1,0 +1,1 @@
+"""Learners: what makes a recipe from a recipe and data, one file each."""
