@@ -140,8 +140,9 @@ def compare_averaging(
     """Return all ways to combine the experts, judged on `data`, and the decomposition.
 
     Greedy soups are chosen on `choosing`, which needs labels and should not share samples with
-    `data`; where there are BatchNorms, by soups with re-estimated ones. BatchNorm statistics are re-estimated on the inputs of `choosing`, or of `data` without
-    it. Intervals are paired bootstraps over the samples.
+    `data`; where there are BatchNorms, by soups with re-estimated ones. BatchNorm statistics are
+    re-estimated on the inputs of `choosing`, or of `data` without it. Intervals are paired
+    bootstraps over the samples.
 
     Raises:
         RecipeError: no experts.
@@ -159,6 +160,10 @@ def compare_averaging(
     rows: list[_Row] = []
     for place, one in enumerate(own):
         rows.append(("single", (place,), kind, one.logits))
+    if work.has_norms:
+        for place, module in enumerate(modules):
+            repaired = run_split(work.repaired(module), layer, data.batches)
+            rows.append(("single", (place,), "reestimated", repaired.logits))
     uniform = work.soups(everyone)
     for each, made in uniform.items():
         rows.append(("uniform_soup", everyone, each, made.logits))
@@ -167,10 +172,6 @@ def compare_averaging(
     rows.append(("feature_ensemble_first_head", everyone, kind, own[0].head(features)))
     rows.append(("feature_ensemble_mean_head", everyone, kind, _mean_head(own)(features)))
     left_out: dict[str, str] = {}
-    if work.has_norms:
-        for place, module in enumerate(modules):
-            repaired = run_split(work.repaired(module), layer, data.batches)
-            rows.append(("single", (place,), "reestimated", repaired.logits))
     if choosing is None or choosing.labels is None:
         reason = "needs labelled samples to choose on"
         greedy: tuple[Way, ...] = (
