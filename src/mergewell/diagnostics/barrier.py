@@ -50,8 +50,10 @@ class Barrier(Diagnostic):
         return Finding(
             question="Does the loss rise between the models?",
             verdict=(
-                f"By {answers}, the loss {'rises' if value > 0 else 'changes'} by "
-                f"{value:.2g} nats at most above the experts' mean; at {worst}."
+                f"By {answers}, the loss rises up to {value:.2g} nats above that of the models "
+                f"compared, most at {worst}."
+                if value > 0
+                else f"By {answers}, the loss is nowhere above that of the models compared."
             ),
             level=level_of(value, good=0.1, poor=0.5),
             where=worst,

@@ -73,10 +73,12 @@ class LinearConnectivity(Diagnostic):
 
     def objection(self, evidence: Evidence) -> str:
         """Return why no cosine is defined."""
-        if evidence.features and not any(
-            bool((models[1:] != 0).any(2).all(0).any()) for models in evidence.features.values()
-        ):
-            return "Feature connectivity compares directions, and the features are zero."
+        seen = [_connectivity(models, evidence)[0] for models in evidence.features.values()]
+        if seen and not any(cosine == cosine for cosine in seen):
+            return (
+                "Feature connectivity compares directions, and the merged features or the experts' "
+                "mean are zero."
+            )
         return ""
 
 

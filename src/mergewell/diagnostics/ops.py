@@ -21,7 +21,7 @@ EXCLUDED = r"embed|(^|[._])(head|heads|lm_head|classifier|score|wte|wpe|pooler|t
 """Names of embeddings and heads, which the papers leave out of what is done to matrices."""
 
 BUDGET = 1e12
-"""Floating-point operations that decompositions may take: about a minute on one core."""
+"""Floating-point operations that decompositions may take: 15 seconds or more on one core."""
 
 Rows = list[list[float | None]]
 """A matrix as plain data; None where a value is not defined."""
@@ -55,9 +55,11 @@ def measure_matrices(
     left_out: dict[str, str] = {}
     wanted: list[TensorTask] = []
     for task in plan.tasks.values():
+        if len(task.spec.shape) < 2 or not task.spec.dtype.is_floating_point:
+            continue
         if reason := _reason(task, excluded):
             left_out[task.name] = reason
-        elif len(task.spec.shape) in (2, 4):
+        else:
             wanted.append(task)
     spent = 0.0
     taken: list[TensorTask] = []
@@ -115,9 +117,7 @@ def percent(value: float) -> str:
 
 
 def _reason(task: TensorTask, excluded: str) -> str:
-    """Return why a tensor is left out; nothing where it is not, or is no matrix."""
-    if len(task.spec.shape) < 2 or not task.spec.dtype.is_floating_point:
-        return ""
+    """Return why a tensor of two dimensions or more is left out; nothing where it is not."""
     if re.search(excluded, task.name):
         return "an embedding or a head by its name"
     if task.copied_from is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class RepresentationBias(Diagnostic):
         names = evidence.experts
         biases = {place: _biases(models) for place, models in evidence.features.items()}
         by_place = {place: mean(one) for place, (one, _) in biases.items()}
-        by_place = {place: value for place, value in by_place.items() if value == value}
+        by_place = {place: value for place, value in by_place.items() if isfinite(value)}
         last = list(evidence.features)[-1]
         each = dict(zip(names, biases[last][0], strict=True))
         value = by_place[last]
@@ -73,7 +74,7 @@ class RepresentationBias(Diagnostic):
 
 
 def _biases(models: Tensor) -> tuple[list[float], list[float]]:
-    """Return the relative L1 and L2 bias by expert of features [P, N, D]; nan beside zeros."""
+    """Return relative L1 and L2 biases of features [P, N, D] by expert; not finite beside zeros."""
     wide = models.to(torch.float64)
     gaps = wide[-1] - wide[1:-1]
     one = gaps.abs().mean((1, 2)) / wide[1:-1].abs().mean((1, 2))

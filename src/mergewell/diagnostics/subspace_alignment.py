@@ -17,6 +17,7 @@ class SubspaceAlignment(Diagnostic):
     Of an expert's task matrix D and the sum D_M of all of them, each times its coefficient:
     ||U U' D|| / ||D||, U the leading left singular vectors of D_M, as many as miss 5 % of its norm
     (0.25 % of its energy) at most. Mean over matrices for each expert; also of expert in expert.
+    k directions of O span sqrt(k / O) of a matrix that has nothing to do with them.
 
     Paper: Marczak et al. 2025, "No Task Left Behind", arXiv:2502.04959, section 3.
     Departures: kernels count as matrices; fused projections and transposed layers (GPT-2's Conv1D,
@@ -38,13 +39,15 @@ class SubspaceAlignment(Diagnostic):
         value = float(each.nanmean())
         shares = {e: float(s) for e, s in zip(evidence.experts, each, strict=True) if s == s}
         least, worst = min(shares, key=shares.__getitem__), min(by_place, key=by_place.__getitem__)
+        chance = mean([(m.rank / m.shape[0]) ** 0.5 for m in held.values()])
         bounds = sum(m.missed > RESIDUAL + 1e-6 for m in held.values())
         return Finding(
             question="Does the merged change point where each expert's change points?",
             verdict=(
                 f"The merged change spans {percent(value)} of what the experts changed, least of "
-                f"{least} ({percent(shares[least])})"
-                + (f"; a lower bound in {bounds} of {len(held)} matrices." if bounds else ".")
+                f"{least} ({percent(shares[least])}); of an unrelated matrix it would span "
+                f"{percent(chance)}"
+                + (f". Lower bounds in {bounds} of {len(held)} matrices." if bounds else ".")
             ),
             level=level_of(1 - value, good=0.15, poor=0.3),
             where=worst,
@@ -60,7 +63,7 @@ class SubspaceAlignment(Diagnostic):
                 "sar": value,
                 "sar_expert": shares,
                 "sar_pairs": rows_of(pairs),
-                "sar_rank": mean([m.rank / min(m.shape) for m in held.values()]),
+                "sar_unrelated": chance,
             },
             by_place=by_place,
         )

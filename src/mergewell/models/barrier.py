@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergewell.errors import DataError, ModelError, RecipeError
+from mergewell.models.batch_norm import batch_norms, reestimate
 from mergewell.models.dataflow import Batch, call, evaluating, tensors
 from mergewell.models.loader import load_state
 
@@ -53,7 +54,7 @@ class Path:
     """Mean cosine between the ends' outputs: what any model between them is held against."""
 
     answers: Answers
-    batch_norms: BatchNorms
+    norms: BatchNorms
     samples: int
     task: str = ""
 
@@ -81,7 +82,7 @@ def measure_path(
     labels: Sequence[Tensor] | None = None,
     head: Head | None = None,
     points: int = 11,
-    batch_norms: BatchNorms | None = None,
+    norms: BatchNorms | None = None,
     names: tuple[str, str] = ("start", "end"),
     task: str = "",
 ) -> Path:
@@ -90,7 +91,7 @@ def measure_path(
     labels: int64 [n] or [n, T] for each batch, -100 where nothing is judged; without them the
     answers are those of the ends' averaged logits, padding left out by an `attention_mask` [n, T].
     head: from the module's first output to logits; none where these are the logits. BatchNorm's
-    running statistics are measured anew at each point unless `batch_norms` says otherwise, or both
+    running statistics are measured anew at each point unless `norms` says otherwise, or both
     ends hold the same ones (trained in eval mode: measuring anew would ruin them). Each tensor is
     interpolated as it is copied into the module, so no third set of weights is held, but the
     outputs of three points are: choose a head and a number of batches accordingly.
@@ -108,13 +109,15 @@ def measure_path(
         raise DataError(
             f"{len(labels)} batches of labels are given for {len(batches)} batches; give one each."
         )
-    treated = batch_norms or ("as stored" if _same_statistics(start, end) else "re-estimated")
+    treated = norms or ("as stored" if _same_statistics(start, end) else "re-estimated")
+    if not batch_norms(module):
+        treated = "as stored"
 
     def run(share: float) -> list[Tensor]:
         load_state(module, _Between(start, end, share))
+        if treated == "re-estimated":
+            reestimate(module, batches)
         with evaluating([module]):
-            if treated == "re-estimated":
-                _re_estimate(module, batches)
             return [first_output(module, batch) for batch in batches]
 
     def logits(outputs: list[Tensor]) -> list[Tensor]:
@@ -230,27 +233,6 @@ class _Between(Mapping[str, Tensor]):
 def _same_statistics(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> bool:
     names = [n for n in start if n.rpartition(".")[2] in ("running_mean", "running_var")]
     return all(n in end and torch.equal(start[n], end[n]) for n in names)
-
-
-def _re_estimate(module: nn.Module, batches: Sequence[Batch]) -> None:
-    """Measure BatchNorm's running statistics anew: their mean over the batches."""
-    norms = [
-        part
-        for part in module.modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None  # pyright: ignore[reportPrivateUsage]
-    ]
-    held = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        for batch in batches if norms else ():
-            call(module, batch)
-    finally:
-        for norm, momentum in zip(norms, held, strict=True):
-            norm.momentum = momentum
-            norm.eval()
 
 
 def _cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -156,12 +156,20 @@ def measure_subspaces(
         summed = summed + coefficient * matrix
     factors = [decompose(m, seed=seed + k) for k, m in enumerate(task_matrices, 1)]
     merged = decompose(summed, seed=seed)
-    bases = [f.left[:, : f.rank()] for f in factors]
+    bases = [f.left[:, : f.rank()].float() for f in factors]
     rank = merged.rank()
-    inside = [alignment(m, merged.left[:, :rank]) for m in task_matrices]
+    narrow = [m.float() for m in task_matrices]  # a norm needs no more, at half the time
+    inside = [alignment(m, merged.left[:, :rank].float()) for m in narrow]
     pairs = [
-        [alignment(m, basis) if basis.shape[1] else float("nan") for basis in bases]
-        for m in task_matrices
+        [
+            float("nan")
+            if not bases[j].shape[1]
+            else (1 - factors[j].missed(bases[j].shape[1]) ** 2) ** 0.5
+            if i == j
+            else alignment(m, bases[j])
+            for j in range(len(narrow))
+        ]
+        for i, m in enumerate(narrow)
     ]
     share = max(1, min(task_matrices[0].shape) // len(task_matrices))
     directions = min(share, max(len(f.values) for f in factors))

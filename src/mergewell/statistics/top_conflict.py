@@ -31,15 +31,24 @@ class TopConflict(MagnitudeThreshold):
     density: Fractions = 0.2
     """Fraction of the entries that count as large, of all experts or of each."""
 
+    def wanted(self, done: State, name: str, index: int) -> bool:
+        """Return whether to read a tensor: not a second time where every threshold is 0."""
+        if index == 1 and self.scope == "tensor":
+            return bool(done[f"{name}:0:bucket"].any())
+        return super().wanted(done, name, index)
+
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return one block's counts; in the last pass [2, K, K], opposed and compared entries."""
         if index < 3:
             return super().update(done, group, index)
-        cuts = super().value(done, group.name, group.whole_numel)["key"]
-        counts = torch.zeros(2, len(cuts), len(cuts), dtype=torch.int64)
+        experts = len(group.task_vectors)
+        cuts = self.found(done, group.name).get("key0", torch.zeros(experts, 1))[:, 0]
+        counts = torch.zeros(2, experts, experts, dtype=torch.int64)
         taus = [tau.flatten() for tau in group.task_vectors]
         for start in range(0, taus[0].numel(), CHUNK):
             part = torch.stack([tau[start : start + CHUNK] for tau in taus])
+            if not bool(part.any()):
+                continue
             large = (magnitude_key(part) >= cuts[:, None]).float()
             up, down = (part > 0).float(), (part < 0).float()
             either, changed = up + down, large * (up + down)

@@ -1,0 +1,93 @@
+"""Which tensors' subspaces are measured, and what is said of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from toys import recipe_of, save
+
+from mergewell.diagnostics.ops import cosines_of, distances_of, measure_matrices, pair_values
+from mergewell.plan import Plan, make_plan
+from mergewell.statistics.subspaces import cost, measure_subspaces
+
+SHAPES = {
+    "embed.weight": (30, 8),
+    "layer.weight": (16, 12),
+    "layer.bias": (16,),
+    "conv.weight": (8, 3, 2, 2),
+    "still.weight": (6, 6),
+    "signal.weight": (4, 3, 5),
+    "lm_head.weight": (30, 8),
+    "encoder.header.weight": (4, 4),
+}
+
+
+def plan(folder: Path, **more: object) -> Plan:
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+    base["table"] = torch.arange(6).view(2, 3)
+    paths = [save(folder / "base", base, torch.float32)]
+    for index in range(2):
+        moved = {
+            n: t
+            if n in ("table", "still.weight")
+            else t + torch.randn(t.shape, generator=generator)
+            for n, t in base.items()
+        }
+        paths.append(save(folder / f"e{index}", moved, torch.float32))
+    recipe = recipe_of(paths[0], paths[1:], {"name": "task_arithmetic"}, **more)
+    return make_plan(recipe)
+
+
+def test_matrices_are_measured_and_the_rest_is_named(tmp_path: Path) -> None:
+    found = measure_matrices(plan(tmp_path))
+    assert list(found.measured) == ["conv.weight", "encoder.header.weight", "layer.weight"]
+    assert found.unmeasured == {
+        "embed.weight": "an embedding or a head by its name",
+        "lm_head.weight": "an embedding or a head by its name",
+        "signal.weight": "3 dimensions: neither a matrix nor a kernel of an image",
+        "still.weight": "no expert moved it",
+    }
+
+
+def test_each_is_measured_on_the_whole_matrix_with_its_coefficients(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    found = measure_matrices(made)
+    for name in ("layer.weight", "conv.weight"):
+        base = made.reference.read(name).double()
+        shape = (SHAPES[name][0], -1)
+        tasks = [(e.read(name).double() - base).view(shape) for e in made.experts]
+        expected = measure_subspaces(tasks, made.tasks[name].coefficients)
+        assert torch.equal(found.measured[name].alignment, expected.alignment)
+        assert found.measured[name].interference == expected.interference
+
+
+def test_what_is_copied_is_not_measured(tmp_path: Path) -> None:
+    rule = {"match": "layer.weight", "method": {"name": "keep", "model": 0}}
+    found = measure_matrices(plan(tmp_path, rules=[rule]))
+    assert found.unmeasured["layer.weight"] == "copied by a rule and not merged"
+
+
+def test_the_budget_is_kept_and_what_it_leaves_out_is_named(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    budget = cost((4, 4), 2) + cost((6, 6), 2) + cost((8, 12), 2)
+    seen: list[tuple[int, int]] = []
+    found = measure_matrices(made, budget=budget, on_progress=lambda *a: seen.append(a))
+    assert "over the budget" in found.unmeasured["layer.weight"]
+    assert sorted(found.measured) == ["conv.weight", "encoder.header.weight"]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert measure_matrices(made, budget=0).measured == {}
+
+
+def test_other_names_can_be_excluded(tmp_path: Path) -> None:
+    found = measure_matrices(plan(tmp_path), excluded="^layer")
+    assert "layer.weight" in found.unmeasured and "embed.weight" in found.measured
+
+
+def test_cosines_and_distances_of_inner_products() -> None:
+    products = torch.tensor([[4.0, -2.0, 0.0], [-2.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    assert cosines_of(products)[0, 1] == -0.5
+    assert pair_values(cosines_of(products)) == [-0.5, -0.5]
+    assert distances_of(products)[0].tolist() == [0, pytest.approx(12**0.5), 2]
