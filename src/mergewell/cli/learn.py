@@ -1,0 +1,108 @@
+"""The command `learn`: arguments, and what it does and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergewell.cli.explain import (
+    Base,
+    Data,
+    Experts,
+    Factory,
+    Json,
+    Samples,
+    needed_data,
+    opened,
+    print_json,
+)
+
+
+def learn(
+    name: Annotated[str, typer.Argument(help="A learner, such as greedy_soup.")],
+    base: Base = None,
+    expert: Experts = None,
+    data: Data = None,
+    model_factory: Factory = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the learner.")
+    ] = None,
+    samples: Samples = 1024,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the recipe, as YAML.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Learn a recipe from data; print it, or write it to a file."""
+    import sys
+    from functools import partial
+
+    from mergewell.cli.progress import steps
+    from mergewell.engines.base import one_thread_a_worker
+    from mergewell.errors import OutputError
+    from mergewell.labelled import accuracy, load_labelled
+    from mergewell.learners.base import LEARNERS, Material
+
+    learner = LEARNERS.build(name, _parameters(set_ or []), where="flags")
+    planned, source = opened(base, expert or [], model_factory)
+    if out is not None and out.exists():
+        raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
+    inputs = load_labelled(needed_data(data), model_folder=planned.recipe.base, limit=samples)
+    metric = None if inputs.labels is None else partial(accuracy, data=inputs)
+    with steps() as shown, one_thread_a_worker():
+        learned = learner.learn(
+            planned.recipe, Material(source.build, metric), on_step=shown.update
+        )
+    text = learned.recipe.to_yaml()
+    if out is not None:
+        from mergewell.report.results import write_text
+
+        write_text(out, text)
+    if json:
+        trials: list[dict[str, Any]] = [
+            {
+                "experts": [each.path for each in trial.recipe.experts],
+                "score": trial.score,
+                "kept": trial.kept,
+            }
+            for trial in learned.trials
+        ]
+        print_json(
+            {
+                "version": 1,
+                "learner": name,
+                "score": learned.score,
+                "samples": inputs.samples,
+                "trials": trials,
+                "recipe": learned.recipe.as_data(),
+            }
+        )
+        return
+    for note in learned.recipe.notes:
+        print(note, file=sys.stderr)
+    print(text if out is None else f"{out}: the recipe; merge it with `mergewell merge {out}`.")
+
+
+def _parameters(settings: list[str]) -> dict[str, Any]:
+    """Return what `--set key=value` says.
+
+    Raises:
+        RecipeError: one that cannot be read.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from mergewell.errors import RecipeError
+
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {setting}: write it as key=value.")
+        try:
+            found[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
+    return found
