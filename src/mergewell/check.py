@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from mergewell.blocks import explain_not_finite
+from mergewell.calibration.collect import OnStep, calibrate, require_same
+from mergewell.calibration.data import Data
+from mergewell.calibration.result import Calibration
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
-from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import RecipeError
-from mergewell.models.capture import LayerMLoss, Mode, measure_m_loss
-from mergewell.models.dataflow import Batch
+from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
-from mergewell.models.output_gap import output_gap
-from mergewell.models.trace import trace
 from mergewell.plan import Plan
 from mergewell.report.results import Check, Cutoffs
 from mergewell.report.results import LayerMLoss as LayerRow
-from mergewell.run import Values, measure_weights, merge_tensors
+from mergewell.run import Values, measure_weights
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.sign_conflict import SignConflict
-from mergewell.storage.base import Checkpoint
 
 _PRODUCTS = InnerProducts(of="base_and_task_vectors")
 _CONFLICT = SignConflict()
-
-OnStep = Callable[[str, int, int], None]
-"""Called with the step's name, what is done of it and what there is to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Unlabelled inputs and the architecture that takes them."""
-
-    factory: Callable[[], nn.Module]
-    """Makes a module in eval mode, with whatever weights."""
-
-    batches: Sequence[Batch]
-    samples: int
-    mode: Mode = "merged"
 
 
 def check(
@@ -51,47 +33,51 @@ def check(
     names: Sequence[str],
     *,
     data: Data | None = None,
+    calibration: Calibration | None = None,
     on_step: OnStep | None = None,
 ) -> Check:
     """Return whether the experts of a plan will merge; `names` are their short names.
 
-    The plan's recipe says what "merged" means where M-Loss runs the merged model.
+    The plan's recipe says what "merged" means where M-Loss runs the merged model. What running the
+    models shows is taken from `calibration`, if given, and else gathered on `data`, if given.
 
     Raises:
         RecipeError: the plan has no base.
+        DataError: the calibration is of other models or another merge.
         UserError: checkpoints, models or data that do not fit one another.
     """
     if plan.base is None:
         raise RecipeError("A check compares experts with their base; name it with --base.")
+    if calibration is not None:
+        require_same(plan, calibration)
     values = _weights(plan, on_step)
-    seen = _Seen()
-    if data is not None:
-        with one_thread_a_worker():
-            seen = _activations(plan, plan.base, data, on_step)
+    if calibration is None and data is not None:
+        calibration = calibrate(plan, data, on_step=on_step)
+    layers = calibration.m_loss if calibration is not None else ()
+    uncovered = dict(calibration.head.uncovered) if calibration is not None else {}
     evidence = Evidence(
         experts=tuple(names),
         products={name: value[_PRODUCTS]["products"] for name, value in values.items()},
         conflict_mass={name: value[_CONFLICT]["mass"] for name, value in values.items()},
         conflict_pairs={name: value[_CONFLICT]["pairs"] for name, value in values.items()},
-        layers=seen.layers,
-        output_gap=seen.output_gap,
+        layers=layers,
+        **_activations(calibration),
     )
-    findings = [
-        finding
-        for name in DIAGNOSTICS.names()
-        if (finding := DIAGNOSTICS.build(name, {}).measure(evidence)) is not None
-    ]
+    asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
+    answers = [(one, one.measure(evidence)) for one in asked]
+    findings = [finding for _, finding in answers if finding is not None]
+    deciding = [finding for one, finding in answers if finding is not None and one.decides]
     return Check(
         base=str(plan.base.path),
         experts=tuple(names),
-        samples=data.samples if data is not None else None,
-        mode=data.mode if data is not None else None,
-        layers=tuple(layer_row(layer) for layer in seen.layers),
+        samples=calibration.seen if calibration is not None else None,
+        mode=calibration.head.mode if calibration is not None else None,
+        layers=tuple(layer_row(layer) for layer in layers),
         predictors=_flat(findings),
-        verdict=_verdict(findings, len(names)),
-        level=_worst(findings),
-        uncovered=tuple(seen.uncovered),
-        uncovered_reasons=dict(seen.uncovered),
+        verdict=_verdict(deciding, len(names)),
+        level=_worst(deciding),
+        uncovered=tuple(uncovered),
+        uncovered_reasons=uncovered,
         findings=tuple(finding.as_data() for finding in findings),  # pyright: ignore[reportArgumentType]
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
     )
@@ -136,58 +122,16 @@ def _weights(plan: Plan, on_step: OnStep | None) -> dict[str, Values]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What running the models showed."""
-
-    layers: tuple[LayerMLoss, ...] = ()
-    uncovered: Mapping[str, str] = field(default_factory=dict[str, str])
-    output_gap: float | None = None
-
-
-def _activations(plan: Plan, base_weights: Checkpoint, data: Data, on_step: OnStep | None) -> _Seen:
-    """Run base, merged model and experts on the data."""
-    experts = [build_module(data.factory, expert) for expert in plan.experts]
-    base = data.factory()
-    left_out = load_state(base, base_weights).left_out
-    merged = build_module(data.factory, dict(merge_tensors(plan)))
-    coefficients = _simplex([expert.coefficient for expert in plan.recipe.experts])
-    total = 2 * len(data.batches)
-
-    def progress(done: int) -> None:
-        if on_step is not None:
-            on_step("activations", done, total)
-
-    traced = trace(base, first_samples(data.batches))
-    layers = measure_m_loss(
-        experts,
-        traced,
-        batches=data.batches,
-        coefficients=coefficients,
-        mode=data.mode,
-        merged=merged,
-        base=base,
-        on_batch=progress,
-    )
-    gap = output_gap(experts, merged, batches=data.batches, coefficients=coefficients)
-    progress(total)
-    absent = dict.fromkeys(left_out, "not a part of the module that was built from these weights")
-    return _Seen(layers, {**traced.uncovered, **absent}, gap)
-
-
-def _simplex(coefficients: Sequence[float]) -> list[float]:
-    """Return the coefficients divided by their sum; equal ones where they cannot be."""
-    if min(coefficients) < 0 or sum(coefficients) <= 0:
-        return [1 / len(coefficients)] * len(coefficients)
-    return [coefficient / sum(coefficients) for coefficient in coefficients]
-
-
-def first_samples(batches: Sequence[Batch], count: int = 2) -> Batch:
-    """Return the first samples of the first batch, enough to trace a module."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return first[:count]
-    return {name: tensor[:count] for name, tensor in first.items()}
+def _activations(calibration: Calibration | None) -> dict[str, Any]:
+    """Return what diagnostics read of a calibration, by the evidence's names."""
+    if calibration is None:
+        return {}
+    return {
+        "output_gap": calibration.output_gap,
+        "coefficients": calibration.head.coefficients,
+        "features": calibration.features,
+        "outputs": calibration.outputs,
+    }
 
 
 def short_names(paths: Iterable[str]) -> tuple[str, ...]:

@@ -24,14 +24,19 @@ HERE = Path(__file__).parent
 FROZEN = {
     "demo": {"--out", "--text", "--json"},
     "check": {
-        "--base", "--expert", "--data", "--mode", "--samples", "--model-factory", "--method",
-        "--set", "--json", "--html",
+        "--base", "--expert", "--data", "--calibration", "--mode", "--samples", "--model-factory",
+        "--method", "--set", "--json", "--html",
     },
     "plan": {"--json", "--workers"},
     "merge": {
         "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
         "--workers", "--shard", "--engine", "--hash", "--print-recipe", "--json",
     },
+    "calibrate": {
+        "--out", "--base", "--expert", "--method", "--set", "--data", "--samples", "--mode",
+        "--model-factory", "--shard", "--gram", "--json",
+    },
+    "join": {"--out", "--json"},
     "report": set(),
     "verify": {"--deep", "--json"},
     "methods": {"--json"},

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from rich.console import Console
 from rich.table import Table
 
+from mergewell.cli.given import chosen_recipe, read_data
 from mergewell.cli.progress import steps
 from mergewell.component import Fractions
-from mergewell.errors import ModelError, OutputError, RecipeError, did_you_mean
+from mergewell.errors import DataError, OutputError, RecipeError, did_you_mean
 from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
@@ -62,28 +63,10 @@ def merge(
     as_json: bool,
 ) -> None:
     """Merge by a recipe file or by flags."""
-    flags = {
-        "--base": base, "--expert": experts or None, "--method": method, "--set": settings or None,
-        "--seed": seed, "--dtype": dtype,
-    }  # fmt: skip
-    beside = [flag for flag, value in flags.items() if value is not None]
-    if recipe_file is not None and beside:
-        raise RecipeError(
-            f"{recipe_file}: a recipe and {', '.join(beside)} exclude each other; "
-            "put what you want into the recipe."
-        )
-    recipe = (
-        read_recipe(recipe_file)
-        if recipe_file is not None
-        else recipe_from_flags(
-            base=base,
-            experts=experts,
-            method=method or "average",
-            settings=settings,
-            seed=seed or 0,
-            dtype=dtype,
-        )
-    )
+    recipe = chosen_recipe(
+        recipe_file, base=base, experts=experts, method=method, settings=settings, seed=seed,
+        dtype=dtype,
+    )  # fmt: skip
     if print_recipe:
         print(recipe.to_yaml(), end="")
         return
@@ -184,6 +167,7 @@ def check(
     experts: Sequence[str],
     *,
     data: str | None,
+    calibration: Path | None,
     mode: str,
     samples: int,
     model_factory: str | None,
@@ -194,31 +178,21 @@ def check(
 ) -> None:
     """Check experts against their base."""
     from mergewell import check as checking
-    from mergewell.inputs import batches, load_inputs
-    from mergewell.models.capture import Mode
-    from mergewell.models.loader import ModuleSource
+    from mergewell.calibration.file import read_calibration
 
-    if mode not in get_args(Mode):
-        raise RecipeError(f"--mode {mode}: {did_you_mean(mode, get_args(Mode))}")
     recipe = recipe_from_flags(base=base, experts=experts, method=method, settings=settings)
     planned = make_plan(recipe)
+    if calibration is not None and data is not None:
+        raise DataError("--calibration and --data exclude each other; drop one.")
     used = None
     if data is not None:
-        if model_factory is None and not Path(recipe.base or "").is_dir():
-            raise ModelError(
-                f"{recipe.base} is no Hugging Face folder, so --data needs --model-factory "
-                "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
-            )
-        source = ModuleSource.parse(model_factory or str(recipe.base))
-        inputs = load_inputs(data, model_folder=recipe.base, limit=samples)
-        cut = list(batches(inputs, 16))
-        counts = [len(b) if not isinstance(b, dict) else len(next(iter(b.values()))) for b in cut]
-        used = checking.Data(source.build, cut, sum(counts), mode)  # pyright: ignore[reportArgumentType]
+        used = read_data(recipe, data, mode=mode, samples=samples, model_factory=model_factory)
     with steps() as shown:
         found = checking.check(
             planned,
             checking.short_names(expert.path for expert in recipe.experts),
             data=used,
+            calibration=read_calibration(calibration) if calibration is not None else None,
             on_step=shown.update,
         )
     payload = found.model_dump(mode="json")

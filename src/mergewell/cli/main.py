@@ -28,6 +28,19 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the method.")
 ]
 
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Unlabelled inputs: .jsonl, folder, .safetensors, .npz."),
+]
+Mode = Annotated[
+    str, typer.Option(help="Whose inputs a layer gets: merged, pretrained, mean or own.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="At most this many inputs.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(metavar="PKG:FUNC", help="Function that makes the module, or timm:NAME."),
+]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -64,17 +77,12 @@ def demo(
 def check(
     base: Base = None,
     expert: Experts = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Unlabelled inputs: .jsonl, folder, .safetensors, .npz."),
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help="Whose inputs a layer gets: merged, pretrained or own.")
-    ] = "merged",
-    samples: Annotated[int, typer.Option(min=1, help="At most this many inputs.")] = 128,
-    model_factory: Annotated[
-        str | None,
-        typer.Option(metavar="PKG:FUNC", help="Function that makes the module, or timm:NAME."),
+    data: Data = None,
+    mode: Mode = "merged",
+    samples: Samples = 128,
+    model_factory: Factory = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of `calibrate`, in place of --data.")
     ] = None,
     method: Method = "average",
     set_: Settings = None,
@@ -87,8 +95,9 @@ def check(
     from mergewell.cli import commands
 
     commands.check(
-        base, expert or [], data=data, mode=mode, samples=samples, model_factory=model_factory,
-        method=method, settings=set_ or [], json_file=json, html_file=html,
+        base, expert or [], data=data, calibration=calibration, mode=mode, samples=samples,
+        model_factory=model_factory, method=method, settings=set_ or [], json_file=json,
+        html_file=html,
     )  # fmt: skip
 
 
@@ -134,6 +143,50 @@ def merge(
         seed=seed, dtype=dtype, resume=resume, workers=workers, shard=shard, engine=engine,
         hash_kind=hash_, print_recipe=print_recipe, as_json=json,
     )  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; or use the flags.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write.")] = None,
+    base: Base = None,
+    expert: Experts = None,
+    method: Annotated[
+        str | None, typer.Option(help="A name from `mergewell methods`; average if absent.")
+    ] = None,
+    set_: Settings = None,
+    data: Data = None,
+    samples: Samples = 128,
+    mode: Mode = "merged",
+    model_factory: Factory = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Run batches I, I+N, ... only; see `join`.")
+    ] = None,
+    gram: Annotated[
+        bool, typer.Option("--gram", help="Gather Gram matrices of linear layers too; large.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run models block by block on a few inputs and keep what was seen."""
+    from mergewell.cli import calibrate as commands
+
+    commands.calibrate(
+        recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
+        data=data, samples=samples, mode=mode, model_factory=model_factory, shard=shard, gram=gram,
+        as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def join(
+    calibrations: Annotated[list[Path], typer.Argument(help="Files of `calibrate --shard`.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write.")] = None,
+    json: Json = False,
+) -> None:
+    """Join calibrations of shards of one data set."""
+    from mergewell.cli import calibrate as commands
+
+    commands.join(calibrations, out, as_json=json)
 
 
 @app.command()

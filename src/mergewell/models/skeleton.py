@@ -1,0 +1,215 @@
+"""Skeleton: a module whose weights are read when they are needed and let go of afterwards.
+
+An absent weight is a tensor of the right shape and dtype whose elements all lie at one place in
+memory, NaN where its dtype has one, so that what would use it by mistake cannot pass unseen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mergewell.models.dataflow import parts, tensors
+from mergewell.models.loader import Loaded, load_state
+from mergewell.storage.spec import TensorSpec
+
+Read = Callable[[tuple[str, ...]], Iterable[tuple[str, Tensor]]]
+"""Gives the tensors of these names in a checkpoint, in whatever order."""
+
+
+class Skeleton:
+    """A module without weights, and where they come from.
+
+    Its own buffers that no checkpoint holds (rotary frequencies, position ids) are there from the
+    beginning. A parameter is always the same object, whether its values are there or not.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], nn.Module],
+        specs: Mapping[str, TensorSpec],
+        read: Read,
+    ) -> None:
+        """Make the module that `factory` makes, without room for its parameters where possible.
+
+        `specs` are the tensors of the checkpoint that `read` reads.
+
+        Raises:
+            ModelError: names or shapes do not fit the module; see `load_state`.
+        """
+        self.module = _hollow(factory)
+        for _, part in parts(self.module):
+            config: Any = getattr(part, "config", None)
+            if getattr(config, "use_cache", False):  # keys and values kept for a next token
+                config.use_cache = False
+        self._read = read
+        self._targets = self.module.state_dict(keep_vars=True)
+        self._names, self.loaded = _fitted(self.module, specs)
+        held = {name: id(self._targets[name]) for name in self._targets}
+        self._places = {target: name for name, target in held.items() if target in self._names}
+        self._absent = {id(t): _absent_like(t) for t in self._targets.values()}
+        self._present: set[int] = set()
+        self._kept: set[int] = set()
+        for target in list(self._places):
+            self._put(target, self._absent[target])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights when they are there."""
+        held = (self._targets[name] for name in self._places.values())
+        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
+
+    def load(self, modules: Iterable[str]) -> None:
+        """Read the weights of modules, by their names and with all that they hold."""
+        self._fetch(self._inside(modules) - self._present)
+
+    def drop(self, modules: Iterable[str]) -> None:
+        """Let go of the weights of modules, but for those that were fetched to stay."""
+        for target in (self._inside(modules) & self._present) - self._kept:
+            self._put(target, self._absent[target])
+            self._present.discard(target)
+
+    def missing(self, used: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of some tensors that are weights whose values are not there."""
+        return [t for t in used if id(t) in self._places and id(t) not in self._present]
+
+    def keep(self, weights: Iterable[Tensor]) -> None:
+        """Read these weights now, and never let go of them."""
+        targets = {id(weight) for weight in weights}
+        self._fetch(targets - self._present)
+        self._kept |= targets
+
+    def release(self) -> None:
+        """Let go of all weights."""
+        self._kept.clear()
+        self.drop([""])
+
+    @contextmanager
+    def filled(self) -> Generator[nn.Module]:
+        """Yield the module with all weights 0, laid out as real ones are, in hardly any memory.
+
+        For looking at the flow of data, which does not depend on values. All weights lie in one
+        block of memory that is never written to, so that the system needs to find no room for it.
+        """
+        targets = {place: self._targets[name] for place, name in self._places.items()}
+        absent = [place for place in targets if place not in self._present]
+        size = max((targets[place].numel() for place in absent), default=0)
+        zeros = torch.from_numpy(np.zeros(8 * size, dtype=np.uint8))  # 8: the widest element
+        try:
+            for place in absent:
+                target = targets[place]
+                count = target.numel() * target.dtype.itemsize
+                self._put(place, zeros[:count].view(target.dtype).view(target.shape))
+            yield self.module
+        finally:
+            for place in absent:
+                self._put(place, self._absent[place])
+
+    def _inside(self, modules: Iterable[str]) -> set[int]:
+        prefixes = tuple(f"{name}." if name else "" for name in modules)
+        return {
+            id(tensor)
+            for name, tensor in self._targets.items()
+            if name.startswith(prefixes) and id(tensor) in self._places
+        }
+
+    def _fetch(self, targets: set[int]) -> None:
+        wanted = {self._names[target]: target for target in targets}
+        if not wanted:
+            return
+        for name, tensor in self._read(tuple(sorted(wanted))):
+            target = wanted[name]
+            dtype = self._targets[self._places[target]].dtype
+            self._put(target, tensor.detach().to(dtype))
+            self._present.add(target)
+
+    def _put(self, target: int, values: Tensor) -> None:
+        self._targets[self._places[target]].data = values
+
+
+class Fetching(TorchDispatchMode):
+    """Asks for weights that an operation uses although their values are not there."""
+
+    def __init__(self, skeleton: Skeleton, ask: Callable[[list[Tensor]], object]) -> None:
+        """Call `ask` with the weights of `skeleton` that are missing, before they are used."""
+        super().__init__()
+        self._skeleton, self._ask = skeleton, ask
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Carry out one operation, after asking for what it lacks."""
+        kwargs = kwargs or {}
+        if missing := self._skeleton.missing(tensors((args, kwargs))):
+            self._ask(missing)
+        return func(*args, **kwargs)
+
+
+class _Copies(TorchFunctionMode):
+    """Notes which tensor is copied into which, and copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.copy_:
+            self.seen[id(args[0])] = id(args[1])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _fitted(module: nn.Module, specs: Mapping[str, TensorSpec]) -> tuple[dict[int, str], Loaded]:
+    """Return the checkpoint's name for each tensor of the module, as `load_state` pairs them."""
+    stand_ins = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for name, spec in specs.items()
+    }
+    with _Copies() as copies:
+        loaded = load_state(module, stand_ins)
+    names = {id(tensor): name for name, tensor in stand_ins.items()}
+    return {target: names[source] for target, source in copies.seen.items()}, loaded
+
+
+def _hollow(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Return the module without parameters in memory, made so where its code allows."""
+
+    def without_room(_module: nn.Module, _name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_room)
+    try:
+        with warnings.catch_warnings():  # of values that a factory copies into parameters
+            warnings.simplefilter("ignore", UserWarning)
+            module = factory()
+    except (NotImplementedError, RuntimeError):  # its code looks at values: it gets them, once
+        hook.remove()
+        module = factory()
+    finally:
+        hook.remove()
+    made: dict[int, nn.Parameter] = {}
+    for _, part in parts(module):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                absent = _absent_like(parameter)
+                made[id(parameter)] = nn.Parameter(absent, parameter.requires_grad)
+            setattr(part, name, made[id(parameter)])
+    return module.eval()
+
+
+def _absent_like(tensor: Tensor) -> Tensor:
+    value = torch.nan if tensor.is_floating_point() else 0
+    return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)

@@ -1,0 +1,75 @@
+"""Drift: how far a block's outputs move from the base's, and the merged from the experts' mean.
+
+Shapes: K experts; P models (the base, the K experts, the merged model); R observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergewell.errors import DataError
+from mergewell.statistics.base import State, Statistic
+from mergewell.tensor_group import Value
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What the models gave for one batch."""
+
+    outputs: Sequence[Tensor]
+    """P tensors of one shape."""
+
+    coefficients: Sequence[float]
+    """K coefficients on the simplex, of the ensemble."""
+
+
+class ActivationDrift(Statistic[Sides]):
+    """Norms of differences between models, as fractions, over all observations.
+
+    The merged model's is the output gap of papers.md 1.2.3 ("without merge") at this place. The
+    ensemble is written h_1 + sum_j c_j (h_j - h_1), so that equal experts give theirs exactly.
+    """
+
+    def update(self, state: State, batch: Sides) -> State:
+        """Return the state with one more batch."""
+        base, *experts, merged = (output.float() for output in batch.outputs)
+        ensemble = experts[0]
+        for share, other in zip(batch.coefficients[1:], experts[1:], strict=True):
+            ensemble = ensemble + share * (other - experts[0])
+        return self.join(
+            state,
+            {
+                "change": torch.stack([_square(expert - base) for expert in experts]),
+                "base": _square(base),
+                "gap": _square(merged - ensemble),
+                "ensemble": _square(ensemble),
+            },
+        )
+
+    def value(self, state: State) -> Value:
+        """Return the drifts, float64; 0 where there is nothing to compare with.
+
+        - `experts` [K]: ||h_j - h_0|| / ||h_0||, expert j against the base
+        - `merged` []: ||h - sum_j c_j h_j|| / ||sum_j c_j h_j||
+
+        Raises:
+            DataError: there were no observations.
+        """
+        if not state:
+            raise DataError("Drift of no observations is not defined; give some data.")
+        return {
+            "experts": _ratio(state["change"], state["base"]),
+            "merged": _ratio(state["gap"], state["ensemble"]),
+        }
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64).square().sum().cpu()
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return (above / below).sqrt() if float(below) > 0 else torch.zeros_like(above)
