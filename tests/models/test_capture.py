@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mergewell.errors import DataError, ModelError, RecipeError
-from mergewell.models.capture import LayerMLoss, measure_m_loss
+from mergewell.models.capture import LayerMLoss, measure_m_loss, pooled
 from mergewell.models.trace import trace
 
 MODES = ("merged", "pretrained", "own")
@@ -197,6 +197,18 @@ def test_batches_are_joined_and_progress_is_told() -> None:
     for left, right in zip(parts, whole, strict=True):
         torch.testing.assert_close(left.node, right.node, rtol=1e-4, atol=0)
         assert left.absolute == pytest.approx(right.absolute, rel=1e-5)
+
+
+def test_units_are_pooled_by_their_sums() -> None:
+    net, x = small_net(nn.GELU), torch.randn(5, 3, 6, 6)
+    experts = [perturbed(net, seed, 0.3) for seed in (1, 2)]
+    found = measure_m_loss(experts, trace(net, x), batches=[x], mode="pretrained", base=net)
+    assert pooled(found[1:2]) == pytest.approx(found[1].relative, rel=1e-12)
+    gaps = [layer.node.sum() * layer.observations for layer in found]
+    energies = [layer.energy.sum() * layer.observations for layer in found]
+    assert pooled(found) == pytest.approx(float(sum(gaps) / sum(energies)) ** 0.5)
+    assert [layer.observations for layer in found] == [80, 80, 5]
+    assert pooled([]) == 0
 
 
 def test_modes_take_h_from_the_model_they_name() -> None:

@@ -80,9 +80,10 @@ def measure_m_loss(
     model by itself and compares with the merged model's own; it holds one batch of all models'
     units. The merged side of the other modes is the mean of the experts' pre-activations (of module
     units: the module with mean parameters) or, with `merged_layers`, what the merged model's own
-    layers make of h. Padding is left out where the batch has an `attention_mask` [N, T] and the
-    unit gives [N, T, O]. `coefficients` are 1/K unless given; `on_batch` is called with the number
-    of batches done. The modules come back as they were.
+    layers make of h; the unit `output` compares with the merged model wherever there is one.
+    Padding is left out where the batch has an `attention_mask` [N, T] and the unit gives [N, T, O].
+    `coefficients` are 1/K unless given; `on_batch` is called with the number of batches done. The
+    modules come back as they were.
 
     Source: papers.md 1.2 and 1.10. Raises:
         RecipeError: an unknown mode or kind, no experts, or coefficients off the simplex.
@@ -124,6 +125,7 @@ def measure_m_loss(
                     coefficients=shares,
                     states=states,
                     merged=merged if merged_layers else None,
+                    final=merged,
                     averages=averages,
                 ):
                     call(reference, batch)
@@ -183,3 +185,16 @@ def finished(unit: Unit, state: State) -> LayerMLoss:
         heads,
         theory_of(plain, [(law.name, law, law.slope) for law in laws]),
     )
+
+
+def pooled(layers: Iterable[LayerMLoss]) -> float:
+    """Return the relative M-Loss of several units together: of a block, or of a whole model.
+
+    sqrt(sum gap^2 / sum ensemble^2) over all their nodes and observations; 0 without units. Units
+    with large outputs weigh most, so that kinds are best not mixed.
+    """
+    gap = energy = 0.0
+    for layer in layers:
+        gap += layer.observations * float(layer.node.sum())
+        energy += layer.observations * float(layer.energy.sum())
+    return (gap / energy) ** 0.5 if energy > 0 else float(gap > 0)

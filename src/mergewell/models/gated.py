@@ -104,7 +104,8 @@ def _made(graph: Graph, line: Line, gate: Branch, factor: Branch, like: _Part) -
             for short, _ in module.named_parameters(recurse=False):
                 names[f"{name}.{short}" if name else short] = None
     unit = Unit(line.layer, "gated", tuple(names), like.nodes, line.node_dim, (gate, factor))
-    return graph.order[line.op], unit
+    index = graph.order[line.op]
+    return index, unit
 
 
 def _function(part: _Part, seen: Value) -> Activation:
@@ -147,7 +148,8 @@ def _place(line: Line, value: Value) -> tuple[int, int] | None:
         return None
     if any(whole.stride(a) != cut.stride(a) for a in others if whole.shape[a] > 1):
         return None
-    offset, step = cut.storage_offset() - whole.storage_offset(), whole.stride(dim)
+    offset = int(cut.storage_offset()) - int(whole.storage_offset())
+    step = whole.stride(dim)
     if cut.stride(dim) % step or offset % step or not 0 <= offset // step < whole.shape[dim]:
         return None
     return offset // step, cut.stride(dim) // step

@@ -18,6 +18,9 @@ from mergewell.models.units import Unit
 from mergewell.statistics.base import State
 from mergewell.statistics.m_loss import ActivationBatch, MLoss, identity
 
+_ELEMENTS = 786_432
+"""Elements of a layer's output that are made and looked at together, to stay in the cache."""
+
 HEADS = "heads:"
 """Begins the state's keys for the heads' values of an attention."""
 
@@ -47,6 +50,7 @@ def observing(
     coefficients: Sequence[float],
     states: dict[str, State],
     merged: nn.Module | None = None,
+    final: nn.Module | None = None,
     averages: Averages | None = None,
 ) -> Generator[None, None, None]:
     """While open, every forward pass of the reference observes its units on its own h.
@@ -55,15 +59,16 @@ def observing(
     experts' contributions on the same h. Of the experts only the modules of the units are touched,
     so the rest may be on the meta device. The merged side is the mean of the pre-activations (of
     module units: the module with mean parameters, taken from `averages` or made here), or what
-    `merged` makes of h; if `merged` is the reference, its own pass is used again. `batch` is looked
-    at for its `attention_mask` alone. Open `evaluating` around this.
+    `merged` makes of h; if `merged` is the reference, its own pass is used again. `final` is the
+    same for the unit `output` alone. `batch` is looked at for its `attention_mask` alone, and its
+    samples must be those of the pass. Open `evaluating` around this.
 
     Raises:
         ModelError: a module unit returns no tensor.
         RecipeError, DataError: see `MLoss.update`.
     """
     means = averages or Averages(experts, coefficients)
-    watcher = _Watcher(reference, experts, batch, coefficients, states, merged, means)
+    watcher = _Watcher(reference, experts, batch, coefficients, states, merged, final, means)
     with ExitStack() as hooks:
         for unit in units:
             for handle in watcher.handles(unit):
@@ -81,6 +86,7 @@ class _Watcher:
     coefficients: Sequence[float]
     states: dict[str, State]
     merged: nn.Module | None
+    final: nn.Module | None
     averages: Averages
     inside: bool = False
     """An expert may be the reference: its layers must not call the hook again."""
@@ -92,7 +98,7 @@ class _Watcher:
         if self.merged is self.reference and unit.heads:
             handles.append(unit.watch_heads(self.reference, heads))
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: object) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             if self.inside:
                 return
             self.inside = True
@@ -110,23 +116,33 @@ class _Watcher:
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return handles
 
-    def _pointwise(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> None:
-        z = [unit.pre_activations(expert, args, kwargs) for expert in self.experts]
-        merged = None
-        if self.merged is self.reference:
-            merged = _completed(unit, self.reference, args, kwargs, output)
-        elif self.merged is not None:
-            merged = unit.pre_activations(self.merged, args, kwargs)
-        _update(self.states, unit, z, merged, self.coefficients, self.batch)
+    def _pointwise(self, unit: Unit, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Observe a pointwise unit, a few samples at a time where its input is but one tensor."""
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        size = max(1, _ELEMENTS // max(1, output[0].numel())) if alone else len(output)
+        mask = self.batch.get("attention_mask") if isinstance(self.batch, Mapping) else None
+        keep = _kept(mask, unit.node_dim, output)
+        for start in range(0, len(output), size):
+            some = slice(start, start + size)
+            given = (args[0][some],) if alone else args
+            z = [unit.pre_activations(expert, given, kwargs) for expert in self.experts]
+            merged = None
+            if self.merged is self.reference:
+                merged = _completed(unit, self.reference, given, kwargs, output[some])
+            elif self.merged is not None:
+                merged = unit.pre_activations(self.merged, given, kwargs)
+            kept = None if keep is None else keep[some]
+            _update(self.states, unit, z, merged, self.coefficients, kept)
 
     def _whole(
         self, unit: Unit, args: Any, kwargs: Any, output: object, heads: Tensor | None
     ) -> None:
         seen = [unit.run(expert, args, kwargs) for expert in self.experts]
-        if self.merged is self.reference:
+        model = self.final if unit.kind == "output" and self.final is not None else self.merged
+        if model is self.reference:
             merged = (unit.first(output), heads)
-        elif self.merged is not None:
-            merged = unit.run(self.merged, args, kwargs)
+        elif model is not None:
+            merged = unit.run(model, args, kwargs)
         else:
             merged = unit.run(self.experts[0], args, kwargs, state=self.averages.of(unit))
         _update_whole(self.states, unit, seen, merged, self.coefficients, self.batch)
@@ -156,7 +172,8 @@ def observe_own(
     for unit in units:
         if unit.branches:
             *z, merged = [by_unit[0].pop(unit.name) for by_unit in seen]
-            _update(states, unit, z, merged, coefficients, batch)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            _update(states, unit, z, merged, coefficients, _kept(mask, unit.node_dim, z[0][0]))
         else:
             *outputs, own = [by_unit[1].pop(unit.name) for by_unit in seen]
             _update_whole(states, unit, outputs, own, coefficients, batch)
@@ -199,16 +216,9 @@ def _update(
     z: Sequence[tuple[Tensor, ...]],
     merged: tuple[Tensor, ...] | None,
     coefficients: Sequence[float],
-    batch: Batch,
+    keep: Tensor | None,
 ) -> None:
-    observed = ActivationBatch(
-        z,
-        coefficients,
-        unit.function,
-        node_dim=unit.node_dim,
-        merged=merged,
-        keep=_kept(batch, unit.node_dim, z[0][0]),
-    )
+    observed = ActivationBatch(z, coefficients, unit.function, unit.node_dim, merged, keep)
     states[unit.name] = MLoss().update(states[unit.name], observed)
 
 
@@ -222,13 +232,14 @@ def _update_whole(
 ) -> None:
     """Add the modules' outputs and, under their own keys, the heads' values."""
     old = states[unit.name]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     new: dict[str, Tensor] = {}
     for index, (prefix, dim) in enumerate((("", unit.node_dim), (HEADS, -1))):
         sides = [part for side in (*seen, merged) if (part := side[index]) is not None]
         if len(sides) != len(seen) + 1:
             continue
         *outputs, middle = sides
-        keep = _kept(batch, dim, outputs[0])
+        keep = _kept(mask, dim, outputs[0])
         observed = ActivationBatch(outputs, coefficients, identity, dim, middle, keep)
         update = MLoss(moments=False).update(part_of(old, prefix), observed)
         new |= {prefix + key: part for key, part in update.items()}
@@ -242,8 +253,8 @@ def part_of(state: State, prefix: str) -> State:
     return {key: part for key, part in state.items() if not key.startswith(HEADS)}
 
 
-def _kept(batch: Batch, node_dim: int, z: Tensor) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def _kept(mask: Tensor | None, node_dim: int, z: Tensor) -> Tensor | None:
+    """Return a mask of padding if it has a place for each of the observations."""
     if mask is None or node_dim != -1 or z.shape[:-1] != mask.shape:
         return None
     return mask.to(torch.bool)

@@ -18,18 +18,21 @@ from mergewell.tensor_group import Value
 TOLERANCE = 1e-4
 """How far coefficients may sum from 1 (papers.md 1.2.3)."""
 
-BLOCK = 32_767
-"""Elements handled at a time: they stay in the cache, and torch starts no threads for so few."""
+BLOCK = 131_072
+"""Elements handled at a time: what is made of them stays in the cache."""
 
-PLENTY = 1024
+PLENTY = 256
 """Observations in a batch from which float32 is enough, if the gap is not small."""
 
-SMALL = 1e-3
+SMALL = 2e-3
 """Gap, as a fraction of the ensemble, below which a block is computed in float64.
 
 The activations' rounding errors in float32 are about 1e-7 of the ensemble and independent, so over
-`PLENTY` observations a squared gap of this size is right to about 2e-4 / sqrt(PLENTY) < 1e-5.
+`PLENTY` observations a squared gap of this size is right to about 1e-4 / sqrt(PLENTY) < 1e-5.
 """
+
+SPARSE = 4
+"""Of so many blocks of rows one is used for the moments, the first of all included."""
 
 Factors = tuple[Tensor, ...]
 """The branches of a gated unit: the gate's pre-activation, and what its function multiplies."""
@@ -73,7 +76,11 @@ class MLoss(Statistic[ActivationBatch]):
     """
 
     moments: bool = True
-    """Whether sums and products of the pre-activations are gathered, for the expected M-Loss."""
+    """Whether sums and products of the pre-activations are gathered, for the expected M-Loss.
+
+    Of batches of many blocks one block in `SPARSE` is used: K (K + 3) / 2 sums cost as much as all
+    the rest.
+    """
 
     def update(self, state: State, batch: ActivationBatch) -> State:
         """Return the state with one more batch.
@@ -94,11 +101,12 @@ class MLoss(Statistic[ActivationBatch]):
         rows, nodes, after = sides[0][0].shape
         samples, before = first.shape[0], rows // max(1, first.shape[0])
         kept = None if batch.keep is None else batch.keep.reshape(-1).bool().nonzero()[:, 0]
+        kept = None if kept is not None and len(kept) == rows else kept
         sums = _Sums(samples, nodes, first.device)
         table = _Moments(sides, nodes) if self.moments and merged is None else None
         plenty = first.dtype != torch.float64 and rows * after >= PLENTY
         sample_of = torch.arange(rows, device=first.device) // max(1, before)
-        for picked, columns in _blocks(sides[0][0], kept):
+        for index, picked, columns in _blocks(sides[0][0], kept):
 
             def cut(
                 part: Tensor,
@@ -117,14 +125,13 @@ class MLoss(Statistic[ActivationBatch]):
             if block is None or not block.is_trusted():
                 block = made(torch.float64)
             sums.add(block, sample_of[picked], columns)
-            if table is not None:
-                table.add(block.basis, columns)
+            if table is not None and index % SPARSE == 0:
+                table.add(block.basis(), columns)
         counts = torch.bincount(sample_of if kept is None else sample_of[kept], minlength=samples)
         added = {**sums.state(), "observations": counts.sum() * after}
         added["samples"] = (counts > 0).sum()
         if table is not None:
-            mean = torch.tensor(shares, dtype=torch.float64)
-            added |= table.state() | {"coefficients": mean * (counts.sum() * after).cpu()}
+            added |= table.state(torch.tensor(shares, dtype=torch.float64))
         return self.join(state, {key: part.to(torch.float64).cpu() for key, part in added.items()})
 
     def value(self, state: State) -> Value:
@@ -166,19 +173,17 @@ class _Block:
         shares: Sequence[float],
         activation: Callable[..., Tensor],
     ) -> None:
-        self.basis: list[Tensor] = []
-        """Of each factor, z_0 and the differences z_j - z_0."""
-        middle: list[Tensor] = []
-        for factor in range(len(experts[0])):
-            first, *others = [side[factor] for side in experts]
-            differences = [other - first for other in others]
-            self.basis += [first, *differences]
-            if merged is None:
-                middle.append(_shifted(first, differences, shares))
-        outputs = [activation(*side) for side in experts]
-        differences = [output - outputs[0] for output in outputs[1:]]
-        self.ensemble = _shifted(outputs[0], differences, shares)
-        self.gap = self.ensemble - activation(*(middle if merged is None else merged))
+        self._experts = experts
+        outputs = (activation(*side) for side in experts)
+        self.ensemble = _mean(outputs, shares)
+        if merged is None:
+            merged = [_mean(iter(sides), shares) for sides in zip(*experts, strict=True)]
+        self.gap = self.ensemble - activation(*merged)
+
+    def basis(self) -> list[Tensor]:
+        """Return, of each factor, z_0 and the differences z_j - z_0."""
+        factors = zip(*self._experts, strict=True)
+        return [z if j == 0 else z - sides[0] for sides in factors for j, z in enumerate(sides)]
 
     def is_trusted(self) -> bool:
         """Return whether the gap stands well above the rounding errors of float32."""
@@ -227,15 +232,20 @@ class _Moments:
             experts * factors, nodes, dtype=torch.float64, device=sides[0][0].device
         )
         self._products = self._sums.new_zeros(len(self._pairs), nodes)
+        self._observations = 0
 
     def add(self, basis: Sequence[Tensor], columns: slice) -> None:
+        if columns.start == 0:
+            self._observations += basis[0].shape[0] * basis[0].shape[2]
         for total, part in zip(self._sums, basis, strict=True):
             total[columns] += _over_rows(part)
         for total, (left, right) in zip(self._products, self._pairs, strict=True):
             total[columns] += _over_rows(basis[left] * basis[right])
 
-    def state(self) -> dict[str, Tensor]:
-        return {"sum": self._sums, "product": self._products}
+    def state(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """Return the sums; the coefficients times the observations, so that these add up too."""
+        table = {"sum": self._sums, "product": self._products}
+        return table | {"coefficients": coefficients * self._observations}
 
 
 def moment_pairs(experts: int, factors: int) -> list[tuple[int, int]]:
@@ -252,14 +262,17 @@ def _square(size: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(size) for j in range(size)]
 
 
-def _shifted(first: Tensor, differences: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    mean = first
-    for index, difference in enumerate(differences):
-        share = shares[index + 1]
-        if index == 0:
-            mean = torch.add(mean, difference, alpha=share)
-        else:
-            mean.add_(difference, alpha=share)
+def _mean(values: Iterator[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return x_0 + sum_j c_j (x_j - x_0); few values are held at a time, to stay in the cache."""
+    first = next(values)
+    mean, difference = first, None
+    for share, value in zip(shares[1:], values, strict=True):
+        difference = torch.sub(value, first, out=difference)
+        mean = (
+            first.add(difference, alpha=share)
+            if mean is first
+            else mean.add_(difference, alpha=share)
+        )
     return mean
 
 
@@ -319,14 +332,18 @@ def _rows(z: Tensor, node_dim: int, masked: bool) -> Tensor:
     return z.reshape(z.shape[:dim].numel(), z.shape[dim], z.shape[dim + 1 :].numel())
 
 
-def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[slice | Tensor, slice]]:
-    """Cut rows and nodes into blocks that stay in the cache; one block on other devices."""
+def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[int, slice | Tensor, slice]]:
+    """Cut rows and nodes into blocks that stay in the cache; one block on other devices.
+
+    Yields the number of the block of rows, these rows, and the nodes.
+    """
     rows, nodes, after = z.shape
     rows = rows if kept is None else len(kept)
     size = BLOCK if z.device.type == "cpu" else max(1, z.numel())
     width = max(1, min(nodes, size // max(1, after)))
     height = max(1, size // max(1, after * width))
-    for row in range(0, rows, height):
+    for index, row in enumerate(range(0, rows, height)):
         picked = slice(row, row + height)
         for column in range(0, nodes, width):
-            yield picked if kept is None else kept[picked], slice(column, column + width)
+            wanted = picked if kept is None else kept[picked]
+            yield index, wanted, slice(column, column + width)

@@ -43,7 +43,9 @@ class Moments:
         """Return the moments in a state of `MLoss`; None where none were gathered."""
         if "product" not in state:
             return None
-        observations = state["observations"]
+        observations = state["coefficients"].sum()  # the coefficients themselves sum to 1
+        if float(observations) == 0:
+            return None
         coefficients = state["coefficients"] / observations
         experts = len(coefficients)
         basis = state["sum"] / observations
