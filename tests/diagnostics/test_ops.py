@@ -81,6 +81,16 @@ def test_the_budget_is_kept_and_what_it_leaves_out_is_named(tmp_path: Path) -> N
     assert measure_matrices(made, budget=0).measured == {}
 
 
+def test_the_budget_is_for_all_matrices_together(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    sizes = {"conv.weight": (8, 12), "encoder.header.weight": (4, 4), "layer.weight": (16, 12)}
+    prices = {name: cost(shape, 2) for name, shape in sizes.items()}
+    budget = max(prices.values()) * 1.01
+    found = measure_matrices(made, budget=budget)
+    assert 0 < sum(prices[name] for name in found.measured) <= budget
+    assert len(found.measured) < 3 and "over the budget" in str(found.unmeasured)
+
+
 def test_other_names_can_be_excluded(tmp_path: Path) -> None:
     found = measure_matrices(plan(tmp_path), excluded="^layer")
     assert "layer.weight" in found.unmeasured and "embed.weight" in found.measured

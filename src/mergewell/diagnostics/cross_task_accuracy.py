@@ -45,7 +45,8 @@ class CrossTaskAccuracy(Diagnostic):
         }
         if evidence.base_accuracy is not None:
             gains = (accuracy - evidence.base_accuracy)[known]
-            predictors["cross_task_gain"] = mean([float(g) for g in gains if g == g])
+            if bool(gains.isfinite().any()):
+                predictors["cross_task_gain"] = float(gains.nanmean())
         return Finding(
             question="How well does each expert do on the other experts' tasks?",
             verdict=(

@@ -154,7 +154,7 @@ def measure_subspaces(
     summed = torch.zeros_like(task_matrices[0])
     for coefficient, matrix in zip(coefficients, task_matrices, strict=True):
         summed = summed + coefficient * matrix
-    factors = [decompose(m, seed=seed + k) for k, m in enumerate(task_matrices, 1)]
+    factors = [decompose(m, seed=seed) for m in task_matrices]
     merged = decompose(summed, seed=seed)
     bases = [f.left[:, : f.rank()].float() for f in factors]
     rank = merged.rank()
