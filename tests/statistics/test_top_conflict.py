@@ -57,9 +57,24 @@ def test_an_unmoved_tensor_is_not_read_twice() -> None:
     statistic = TopConflict()
     group = TensorGroup("w", (zeros, zeros), torch.ones(2), zeros)
     done = statistic.advance({}, statistic.update({}, group, 0), 0)
-    assert not statistic.wanted(done, "w", 1)
-    assert statistic.wanted(done, "w", 3)
-    assert not conflicts(zeros, zeros, density=0.2).any()
+    assert not any(statistic.wanted(done, "w", index) for index in (1, 2, 3))
+    assert conflicts(zeros, zeros, density=0.2).tolist() == [[[0, 0], [0, 0]]] * 2
+
+
+def test_sparse_task_vectors_are_compared_without_a_threshold() -> None:
+    a, b = torch.zeros(50), torch.zeros(50)
+    a[0], b[0] = 1.0, -2.0
+    assert conflicts(a, b, density=0.2)[:, 0, 1].tolist() == [1, 1]
+
+
+def test_one_threshold_for_the_whole_model() -> None:
+    small, large = torch.tensor([0.1, 0.2]), torch.tensor([3.0, 4.0])
+    groups = [
+        TensorGroup(name, (tau, -tau), torch.ones(2), torch.zeros(2))
+        for name, tau in (("s", small), ("l", large))
+    ]
+    values = TopConflict(density=0.5, scope="model").measure(groups)
+    assert [int(values[name]["conflicts"][0, 0, 1]) for name in "sl"] == [0, 2]
 
 
 def test_parts_are_the_whole() -> None:

@@ -32,10 +32,17 @@ class TopConflict(MagnitudeThreshold):
     """Fraction of the entries that count as large, of all experts or of each."""
 
     def wanted(self, done: State, name: str, index: int) -> bool:
-        """Return whether to read a tensor: not a second time where every threshold is 0."""
-        if index == 1 and self.scope == "tensor":
-            return bool(done[f"{name}:0:bucket"].any())
-        return super().wanted(done, name, index)
+        """Return whether to read a tensor again: not where nothing moved, or no cut is above 0."""
+        if index == 0 or self.scope == "model":
+            return super().wanted(done, name, index)
+        what = "bucket" if index == 1 else "moved"
+        return super().wanted(done, name, index) and bool(done[f"{name}:0:{what}"].any())
+
+    def advance(self, done: State, summed: State, index: int) -> State:
+        """Return the state with thresholds found, and which tensors anybody moved."""
+        positive = {k: counts for k, counts in summed.items() if k.endswith(":positive")}
+        moved = {f"{k.removesuffix('positive')}moved": n.any() for k, n in positive.items()}
+        return {**super().advance(done, summed, index), **moved}
 
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return one block's counts; in the last pass [2, K, K], opposed and compared entries."""
@@ -63,4 +70,7 @@ class TopConflict(MagnitudeThreshold):
     def value(self, done: State, name: str, numel: int) -> Value:
         """Return `conflicts` [2, K, K] (opposed, compared) of the tensor, int64."""
         del numel
-        return {"conflicts": done[f"{name}:conflicts"]}
+        if f"{name}:conflicts" in done:
+            return {"conflicts": done[f"{name}:conflicts"]}
+        experts = len(done[f"{name}:0:bucket"])  # nobody moved this tensor
+        return {"conflicts": torch.zeros(2, experts, experts, dtype=torch.int64)}
