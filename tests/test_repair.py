@@ -74,6 +74,7 @@ def test_only_the_running_statistics_are_new(tmp_path: Path) -> None:
     done = manifest.model_dump()["repair"]
     assert (done["kind"], done["samples"], done["layers"]) == ("batch_norm", 40, ["1"])
     assert done["recipe"]["method"] == {"name": "average"}
+    assert done["warnings"] == []
     assert (manifest.tensors, manifest.tensors_changed) == (9, 2)
     assert verify_files(tmp_path / "out") == []
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "x"}'
@@ -120,3 +121,30 @@ def test_names_with_a_prefix_and_a_narrower_dtype_are_written_as_stored(tmp_path
     assert after["model.1.running_mean"].dtype == torch.bfloat16
     assert after["model.1.running_mean"].abs().sum() > 0
     assert manifest.model_dump()["repair"]["recipe"] is None
+
+
+def test_experts_with_frozen_statistics_are_warned_of(tmp_path: Path) -> None:
+    paths: list[str] = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        paths.append(str(tmp_path / f"e{seed}.safetensors"))
+        save_file(live().state_dict(), paths[-1])
+    recipe = make_recipe({"experts": [{"path": path} for path in paths]})
+    run(make_plan(recipe), tmp_path / "merged", workers=1)
+    manifest = repair_folder(tmp_path / "merged", live, BATCHES, tmp_path / "out")
+    (warning,) = manifest.model_dump()["repair"]["warnings"]
+    assert "trained with these frozen" in warning
+    Path(paths[0]).unlink()
+    manifest = repair_folder(tmp_path / "merged", live, BATCHES, tmp_path / "again")
+    assert manifest.model_dump()["repair"]["warnings"] == []
+
+
+def test_relative_paths_of_a_recipe_are_found_from_where_the_merge_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged(tmp_path, plain)  # pyright: ignore
+    monkeypatch.chdir(tmp_path)
+    run(make_plan(make_recipe({"experts": [{"path": "e1"}, {"path": "e2"}]})), "again", workers=1)
+    monkeypatch.chdir("/")
+    manifest = repair_folder(tmp_path / "again", plain, BATCHES, tmp_path / "out", "repair")
+    assert manifest.model_dump()["repair"]["layers"] == ["1"]

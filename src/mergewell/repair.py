@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import mergewell
-from mergewell.errors import ModelError, PlanError, RecipeError, did_you_mean
+from mergewell.errors import ModelError, PlanError, RecipeError, UserError, did_you_mean
 from mergewell.models.batch_norm import reestimate
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.models.repair import repair
-from mergewell.plan import make_plan
+from mergewell.plan import Plan, make_plan
 from mergewell.recipe import beside, make_recipe
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.manifest import MANIFEST, InputFile, Manifest, hash_file, read_manifest
@@ -53,8 +53,9 @@ def repair_folder(
     """Write `out`: the model in `folder` with its activation statistics mended on the batches.
 
     All tensors and side files are copied but those that changed. The manifest's `repair` says what
-    was done, on how many samples, what was left alone, and keeps the recipe of the merge. Not for
-    experts that were trained with frozen statistics: it makes such models worse.
+    was done, on how many samples, what was left alone, and keeps the recipe of the merge. Experts
+    that were trained with frozen statistics are made worse by new ones: where the folder's recipe
+    shows such experts, `repair` has a warning.
 
     Raises:
         ModelError: there is nothing to repair, or the module does not take these weights.
@@ -63,7 +64,7 @@ def repair_folder(
         PlanError: the repair changes nothing.
         OutputError: `out` exists or cannot be written.
     """
-    began = time.perf_counter()
+    began, folder = time.perf_counter(), Path(folder)
     checkpoint = open_checkpoint(folder)
     module = factory()
     load_state(module, checkpoint)
@@ -71,7 +72,7 @@ def repair_folder(
     if kind == "batch_norm":
         done = reestimate(module, batches)
     else:
-        experts, coefficients = _endpoints(Path(folder))
+        experts, coefficients = _endpoints(folder, _plan_of(folder))
         endpoints = [_built(factory, expert) for expert in experts]
         done = repair(module, endpoints, coefficients, batches)
     changed = {
@@ -104,12 +105,13 @@ def repair_folder(
                 "recipe": {},
                 "repair": {
                     "kind": kind,
-                    "of": str(Path(folder).resolve()),
-                    "recipe": _recipe_of(Path(folder)),
+                    "of": str(folder.resolve()),
+                    "recipe": _recipe_of(folder),
                     "samples": sum(_samples(batch) for batch in batches),
                     "layers": list(done.layers),
                     "untouched": dict(done.untouched),
                     "tensors": sorted(new),
+                    "warnings": _warnings(folder, new),
                 },
                 "inputs": inputs,
                 "tensors": len(checkpoint),
@@ -126,18 +128,40 @@ def repair_folder(
         )
 
 
-def _endpoints(folder: Path) -> tuple[tuple[Checkpoint, ...], list[float]]:
-    """Return the experts that a folder was merged from, and their shares."""
+def _plan_of(folder: Path) -> Plan:
+    """Return the plan that a folder was merged by."""
     manifest = read_manifest(folder)
     recipe = make_recipe(manifest.recipe, where=str(folder / MANIFEST))
-    plan = make_plan(beside(recipe, Path(manifest.directory)))
-    coefficients = [expert.coefficient for expert in recipe.experts]
+    return make_plan(beside(recipe, Path(manifest.directory)))
+
+
+def _endpoints(folder: Path, plan: Plan) -> tuple[tuple[Checkpoint, ...], list[float]]:
+    """Return the experts that a folder was merged from, and their shares."""
+    coefficients = [expert.coefficient for expert in plan.recipe.experts]
     if min(coefficients) < 0 or sum(coefficients) <= 0:
         raise RecipeError(
             f"{folder} was merged with the coefficients {coefficients}, between which nothing can "
             "be interpolated; re-estimate its BatchNorms (--kind batch_norm) instead."
         )
     return plan.experts, [coefficient / sum(coefficients) for coefficient in coefficients]
+
+
+def _warnings(folder: Path, changed: Iterable[str]) -> list[str]:
+    """Return what speaks against the repair, as far as the folder's inputs can be looked at."""
+    names = [name for name in changed if name.endswith("running_mean")]
+    try:
+        models = _plan_of(folder).inputs
+    except UserError:
+        return []  # no manifest, or inputs that are gone: nothing to compare
+    if len(models) < 2 or not names:
+        return []
+    first, *others = models
+    if all(torch.equal(first[name], other[name]) for name in names for other in others):
+        return [
+            "The merged models share one set of BatchNorm statistics, so they were trained with "
+            "these frozen; new ones usually make such models worse: compare before use."
+        ]
+    return []
 
 
 def _recipe_of(folder: Path) -> Mapping[str, object] | None:

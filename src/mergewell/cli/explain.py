@@ -78,6 +78,8 @@ def repair(
     json: Json = False,
 ) -> None:
     """Mend the activation statistics of a merged model; write it as a new folder."""
+    import sys
+
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
     from mergewell.labelled import load_labelled
@@ -92,6 +94,8 @@ def repair(
     with one_thread_a_worker():
         manifest = repair_folder(folder, source.build, inputs.batches, out, wanted)
     done: dict[str, Any] = manifest.model_dump(mode="json")["repair"]
+    for warning in done["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if json:
         print_json({"version": 1, "folder": str(out), **done})
         return
