@@ -22,7 +22,7 @@ from mergewell.errors import DataError, RecipeError
 from mergewell.models.capture import Averages, observing
 from mergewell.models.dataflow import Batch, parts, tensors
 from mergewell.models.own_path import OwnPaths
-from mergewell.models.skeleton import Read, Skeleton
+from mergewell.models.skeleton import Read, Skeleton, without_weights
 from mergewell.models.spill import Spill
 from mergewell.models.trace import Trace, trace
 from mergewell.models.units import Unit, checked_kinds
@@ -189,13 +189,14 @@ class _Collector:
 
     def _built(self) -> dict[str, Skeleton]:
         base, experts, merged = self._base, self._plan.experts, self._plan
-        made = {BASE: Skeleton(self._data.factory, base.specs, _reading(base))}
+        prototype = without_weights(self._data.factory)
+        made = {BASE: Skeleton(prototype, base.specs, _reading(base))}
         for name, expert in zip(self._experts, experts, strict=True):
-            made[name] = Skeleton(self._data.factory, expert.specs, _reading(expert))
+            made[name] = Skeleton(prototype, expert.specs, _reading(expert))
         specs = {task.name: task.spec for task in merged.tasks.values()}
-        made[MERGED] = Skeleton(self._data.factory, specs, lambda n: merge_tensors(merged, n))
+        made[MERGED] = Skeleton(prototype, specs, lambda n: merge_tensors(merged, n))
         if self._data.mode == "mean":
-            made[MEAN] = Skeleton(self._data.factory, base.specs, _averaging(experts))
+            made[MEAN] = Skeleton(prototype, base.specs, _averaging(experts))
         return made
 
     def _observing(

@@ -25,7 +25,7 @@ class Data:
     """Unlabelled inputs, the architecture that takes them, and what to gather."""
 
     factory: Callable[[], nn.Module]
-    """Makes a module in eval mode, with whatever weights; called once for each model."""
+    """Makes a module in eval mode, with whatever weights; called once, and copied."""
 
     batches: Sequence[Batch]
     """All batches; a shard takes some of them."""

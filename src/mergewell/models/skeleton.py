@@ -6,6 +6,7 @@ memory, NaN where its dtype has one, so that what would use it by mistake cannot
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -33,24 +34,15 @@ class Skeleton:
     beginning. A parameter is always the same object, whether its values are there or not.
     """
 
-    def __init__(
-        self,
-        factory: Callable[[], nn.Module],
-        specs: Mapping[str, TensorSpec],
-        read: Read,
-    ) -> None:
-        """Make the module that `factory` makes, without room for its parameters where possible.
+    def __init__(self, prototype: nn.Module, specs: Mapping[str, TensorSpec], read: Read) -> None:
+        """Make a copy of a module without parameters, see `without_weights`.
 
         `specs` are the tensors of the checkpoint that `read` reads.
 
         Raises:
             ModelError: names or shapes do not fit the module; see `load_state`.
         """
-        self.module = _hollow(factory)
-        for _, part in parts(self.module):
-            config: Any = getattr(part, "config", None)
-            if getattr(config, "use_cache", False):  # keys and values kept for a next token
-                config.use_cache = False
+        self.module = _hollow(copy.deepcopy(prototype))
         self._read = read
         self._targets = self.module.state_dict(keep_vars=True)
         self._names, self.loaded = _fitted(self.module, specs)
@@ -136,22 +128,33 @@ class Skeleton:
         self._targets[self._places[target]].data = values
 
 
-class Fetching(TorchDispatchMode):
-    """Asks for weights that an operation uses although their values are not there."""
+class _Asking:
+    """Looks at operations before they are carried out.
 
-    def __init__(self, skeleton: Skeleton, ask: Callable[[list[Tensor]], object]) -> None:
-        """Call `ask` with the weights of `skeleton` that are missing, before they are used."""
-        super().__init__()
-        self._skeleton, self._ask = skeleton, ask
+    Not a part of `Fetching`, since torch would import its compiler (a second) for a mode that
+    defines `__torch_dispatch__` itself.
+    """
+
+    skeleton: Skeleton
+    ask: Callable[[list[Tensor]], object]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Carry out one operation, after asking for what it lacks."""
         kwargs = kwargs or {}
-        if missing := self._skeleton.missing(tensors((args, kwargs))):
-            self._ask(missing)
+        if missing := self.skeleton.missing(tensors((args, kwargs))):
+            self.ask(missing)
         return func(*args, **kwargs)
+
+
+class Fetching(_Asking, TorchDispatchMode):
+    """Asks for weights that an operation uses although their values are not there."""
+
+    def __init__(self, skeleton: Skeleton, ask: Callable[[list[Tensor]], object]) -> None:
+        """Call `ask` with the weights of `skeleton` that are missing, before they are used."""
+        super().__init__()
+        self.skeleton, self.ask = skeleton, ask
 
 
 class _Copies(TorchFunctionMode):
@@ -182,8 +185,12 @@ def _fitted(module: nn.Module, specs: Mapping[str, TensorSpec]) -> tuple[dict[in
     return {target: names[source] for target, source in copies.seen.items()}, loaded
 
 
-def _hollow(factory: Callable[[], nn.Module]) -> nn.Module:
-    """Return the module without parameters in memory, made so where its code allows."""
+def without_weights(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Return the module that `factory` makes, in eval mode, its parameters on the meta device.
+
+    They take no memory while it is made, unless its code looks at their values. Models keep no
+    keys and values for a next token (`use_cache`): there is none, and all batches wait together.
+    """
 
     def without_room(_module: nn.Module, _name: str, parameter: Any) -> Any:
         if parameter is None or parameter.is_meta:
@@ -200,14 +207,28 @@ def _hollow(factory: Callable[[], nn.Module]) -> nn.Module:
         module = factory()
     finally:
         hook.remove()
-    made: dict[int, nn.Parameter] = {}
+    _exchange(module, lambda parameter: parameter.detach().to("meta"))
+    module = copy.deepcopy(module)  # the factory's own configuration is left as it was
+    for _, part in parts(module):
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return module.eval()
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    _exchange(module, _absent_like)
+    return module
+
+
+def _exchange(module: nn.Module, made: Callable[[nn.Parameter], Tensor]) -> None:
+    """Replace a module's parameters; those that several modules share stay shared."""
+    new: dict[int, nn.Parameter] = {}
     for _, part in parts(module):
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                absent = _absent_like(parameter)
-                made[id(parameter)] = nn.Parameter(absent, parameter.requires_grad)
-            setattr(part, name, made[id(parameter)])
-    return module.eval()
+            if id(parameter) not in new:
+                new[id(parameter)] = nn.Parameter(made(parameter), parameter.requires_grad)
+            setattr(part, name, new[id(parameter)])
 
 
 def _absent_like(tensor: Tensor) -> Tensor:

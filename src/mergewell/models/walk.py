@@ -181,7 +181,7 @@ class Walk:
         self._tried.add((model, request.module))
         # a module may use weights that it does not own: the first call shows which
         watching = Fetching(skeleton, skeleton.keep) if first else nullcontext()
-        with watching, self._around(model, request.module, self._batches[index]):
+        with self._around(model, request.module, self._batches[index]), watching:
             return module(*request.args, **request.kwargs)
 
     def _go_on(self, model: str, lane: _Lane, answer: Any) -> None:
