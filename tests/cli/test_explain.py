@@ -97,5 +97,8 @@ def test_mistakes_are_sentences(files: Path) -> None:
         run(*flags(files)[:5], "--model-factory", "nets_of_this_test:net")
     with pytest.raises(RecipeError, match="no expert is named"):
         run("explain", "--data", files / "data.npz")
+    with pytest.raises(RecipeError, match=r"e1 has the coefficient 0\.5; drop it"):
+        run("explain", "--expert", f"{files / 'e1'}:0.5", "--data", files / "data.npz",
+            "--model-factory", "nets_of_this_test:net")  # fmt: skip
     with pytest.raises(ModelError, match="--model-factory"):
         run("explain", "--expert", files / "e1" / "model.safetensors", "--data", files / "data.npz")

@@ -46,10 +46,17 @@ def explain(
     """Explain what averaging does: templates, features against weights, stability."""
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
+    from mergewell.errors import RecipeError
     from mergewell.explain.explanation import explain as explain_experts
     from mergewell.labelled import load_labelled
 
     planned, source = opened(base, expert or [], model_factory)
+    for each in planned.recipe.experts:
+        if each.coefficient != 1.0:
+            raise RecipeError(
+                f"explain averages the experts uniformly, but {each.path} has the coefficient "
+                f"{each.coefficient:g}; drop it."
+            )
     inputs = load_labelled(needed_data(data), model_folder=planned.recipe.base, limit=samples)
     modules = built(planned, source)
     with steps() as shown, one_thread_a_worker():
