@@ -39,6 +39,10 @@ class Merged:
     change: Change
 
 
+_FUSED = 8
+"""Blocks that a fused form takes at a time: it keeps to the cache by itself, calls cost."""
+
+
 def blocks_of(task: TensorTask, block: int) -> list[Block]:
     """Return the blocks of one tensor: cut by elements, by whole rows, or not at all."""
     numel = task.spec.numel
@@ -51,6 +55,24 @@ def blocks_of(task: TensorTask, block: int) -> list[Block]:
     return [Block(task, s, min(s + size, numel)) for s in range(0, numel, size)] or [
         Block(task, 0, 0)
     ]
+
+
+def fused_blocks_of(plan: Plan, task: TensorTask, block: int) -> list[Block]:
+    """Return the blocks of one tensor for its fused form, or those of `blocks_of` without one."""
+    fused = task.copied_from is None and kernels.has_form(task.method)
+    fused = fused and is_raw(plan, task, rows=True)
+    return blocks_of(task, _FUSED * block if fused else block)
+
+
+def is_raw(plan: Plan, task: TensorTask, *, rows: bool = False) -> bool:
+    """Return whether fused forms can take this tensor as it is stored; `rows` for those of rows."""
+    if task.copied_from is not None:
+        return False
+    if task.method.needs.granularity not in ("element", "row" if rows else "element"):
+        return False
+    if task.spec.numel < kernels.SMALLEST or task.spec.dtype not in kernels.STORED:
+        return False
+    return all(model.spec(task.name).dtype == task.spec.dtype for model in plan.inputs)
 
 
 def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
@@ -70,14 +92,16 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
             return Merged(block, tensor, Change(changed=True))
         return Merged(block, tensor, change_of(tensor, read(reference, task.name, block)))
     raw = raw_of(plan, block, values)
-    if raw is not None:
-        if kernels.not_finite(raw):
-            explain_not_finite(plan, block.task.name)
-        fused = kernels.merge(task.method, raw)
-        if fused is not None:
-            return _finished(plan, block, fused)
+    fused = None if raw is None else kernels.merge(task.method, raw)
+    if raw is not None and fused is not None:
+        if not fused.finite:
+            if kernels.not_finite(raw):
+                explain_not_finite(plan, task.name)
+            _explain_overflow(block, None)
+        change = Change(fused.changed, fused.moved, fused.original)
+        return Merged(block, kernels.as_tensor(fused.out), change)
     group = group_of(plan, block, values)
-    if raw is None and not _all_finite(group):
+    if not _all_finite(group):
         explain_not_finite(plan, block.task.name)
     result = task.method.merge(group)
     if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
@@ -93,24 +117,13 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     return Merged(block, stored, change_of(stored, original, wide))
 
 
-def _finished(plan: Plan, block: Block, fused: kernels.Raw) -> Merged:
-    """Return a block that a fused form merged, once it is known to be finite."""
-    stored = kernels.as_tensor(fused)
-    original = read(plan.reference, block.task.name, block)
-    finite, moved, size = kernels.change(fused, kernels.stored(original))
-    if not finite:
-        _explain_overflow(block, None)
-    return Merged(block, stored, Change(moved > 0.0, moved, size))
-
-
 def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
     """Return the block as it is stored, where a fused form can take it so."""
     task = block.task
-    if task.method.needs.granularity != "element" or block.stop - block.start < kernels.SMALLEST:
+    if not is_raw(plan, task, rows=True):
         return None
+    shape = task.spec.shape
     tensors = [read(model, task.name, block) for model in plan.inputs]
-    if task.spec.dtype != tensors[0].dtype:
-        return None
     return kernels.raw_block(
         task.name,
         tensors[1:] if plan.base is not None else tensors,
@@ -120,6 +133,8 @@ def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
         offset=block.start,
         numel=task.spec.numel,
         statistics=values,
+        reference=read(plan.reference, task.name, block),
+        row=task.spec.numel // shape[0] if len(shape) > 1 and shape[0] else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -12,7 +13,18 @@ import torch
 from torch import Tensor
 
 import mergewell
-from mergewell.blocks import Block, Merged, Values, blocks_of, group_of, merge_block, raw_of, read
+from mergewell.blocks import (
+    Block,
+    Merged,
+    Values,
+    blocks_of,
+    fused_blocks_of,
+    group_of,
+    is_raw,
+    merge_block,
+    raw_of,
+    read,
+)
 from mergewell.changes import UNCHANGED, Change, changes_in, notes_of, summary
 from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
 from mergewell.errors import CheckpointError, PlanError
@@ -152,7 +164,7 @@ def measure_weights(
     tasks = [task for task in plan.tasks.values() if task.copied_from is None]
     values: dict[str, Values] = {}
     with one_thread_a_worker():
-        for batch in _batches(tasks):
+        for batch in _batches(tasks, every=True):
             values |= _measure(plan, engine, dict.fromkeys(statistics, batch), BLOCK)
             if on_progress is not None:
                 on_progress(sum(task.spec.nbytes for task in batch))
@@ -168,7 +180,7 @@ def _merge(
 ) -> Iterator[Merged]:
     for batch in _batches(tasks):
         values = _tensor_statistics(plan, engine, batch, block)
-        blocks = [part for task in batch for part in blocks_of(task, block)]
+        blocks = [part for task in batch for part in fused_blocks_of(plan, task, block)]
 
         def merge(part: Block, values: dict[str, Values] = values) -> Merged:
             name = part.task.name
@@ -177,15 +189,18 @@ def _merge(
         yield from engine.imap(merge, blocks)
 
 
-def _batches(tasks: Sequence[TensorTask]) -> Iterator[list[TensorTask]]:
+def _batches(tasks: Sequence[TensorTask], *, every: bool = False) -> Iterator[list[TensorTask]]:
+    """Cut tasks so that few tensors' statistics are held; without `every`, where there are any."""
     batch: list[TensorTask] = []
     elements = 0
     for task in tasks:
-        if batch and elements + task.spec.numel > _BATCH:
+        counts = every or (task.copied_from is None and bool(task.method.statistics()))
+        size = task.spec.numel if counts else 0
+        if size and batch and elements + size > _BATCH:
             yield batch
             batch, elements = [], 0
         batch.append(task)
-        elements += task.spec.numel
+        elements += size
     if batch:
         yield batch
 
@@ -223,25 +238,45 @@ def _measure(
 ) -> dict[str, Values]:
     values: dict[str, dict[WeightStatistic, Value]] = {}
     for statistic, tasks in users.items():
-        done: State = {}
-        for index in range(statistic.passes):
-            wanted = [task for task in tasks if statistic.wanted(done, task.name, index)]
-            blocks = [part for task in wanted for part in blocks_of(task, _STATISTIC * block)]
-
-            def update(part: Block, index: int = index, done: State = done) -> State:
-                raw = raw_of(plan, part, {})
-                state = raw and kernels.update(statistic, done, raw, index)  # noqa: B023
-                return state or statistic.update(done, group_of(plan, part, {}), index)  # noqa: B023
-
-            summed: dict[str, Tensor] = {}
-            for state in engine.imap(update, blocks):
-                summed = joined(summed, state)
-            done = statistic.advance(done, summed, index)
-        for task in tasks:
-            values.setdefault(task.name, {})[statistic] = statistic.value(
-                done, task.name, task.spec.numel
-            )
+        program = kernels.program(statistic)
+        raw = [task for task in tasks if program is not None and is_raw(plan, task)]
+        if statistic.scope == "model" and len(raw) < len(tasks):
+            raw = []  # all tensors make one value together
+        if program is not None and raw:
+            _pass_over(plan, engine, program, raw, block, values)
+        _pass_over(plan, engine, statistic, [t for t in tasks if t not in raw], block, values)
     return dict(values)
+
+
+def _pass_over(
+    plan: Plan,
+    engine: Engine,
+    form: WeightStatistic | kernels.Program,
+    tasks: Sequence[TensorTask],
+    block: int,
+    values: dict[str, dict[WeightStatistic, Value]],
+) -> None:
+    """Make one statistic of some tensors, in its torch or in its fused form."""
+    done: State = {}
+
+    def update(part: Block, index: int) -> State:
+        if isinstance(form, WeightStatistic):
+            return form.update(done, group_of(plan, part, {}), index)
+        raw = raw_of(plan, part, {})
+        assert raw is not None  # `is_raw` said so
+        return form.update(done, raw, index)
+
+    for index in range(form.passes):
+        wanted = [task for task in tasks if form.wanted(done, task.name, index)]
+        blocks = [part for task in wanted for part in blocks_of(task, _STATISTIC * block)]
+        summed: dict[str, Tensor] = {}
+        for state in engine.imap(partial(update, index=index), blocks):
+            summed = joined(summed, state)
+        done = form.advance(done, summed, index)
+    statistic = form if isinstance(form, WeightStatistic) else form.statistic
+    for task in tasks:
+        value = form.value(done, task.name, task.spec.numel)
+        values.setdefault(task.name, {})[statistic] = value
 
 
 def _check_copies(plan: Plan) -> None:

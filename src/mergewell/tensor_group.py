@@ -109,13 +109,16 @@ class TensorGroup:
         """Return uniform random numbers in [0, 1) of the tensors' shape.
 
         They depend on (seed, tensor name, expert, position in the whole tensor) alone, hence not
-        on blocks, threads, devices or the order of visit. Source: SplitMix64, Steele et al. 2014.
+        on blocks, threads, devices or the order of visit. Source: SplitMix64, Steele et al. 2014;
+        each of its 64-bit numbers serves two positions, the lower half the even one.
         """
         like = self.experts[expert]
         key = random_key(self.seed, self.name, expert)
-        index = torch.arange(self.offset + 1, self.offset + 1 + like.numel(), device=like.device)
-        bits = _split_mix_64(index, key)
-        return ((bits >> 40) & 0xFFFFFF).to(like.dtype).reshape(like.shape) / float(1 << 24)
+        start, stop = self.offset, self.offset + like.numel()
+        pairs = torch.arange((start >> 1) + 1, ((stop + 1) >> 1) + 1, device=like.device)
+        bits = _split_mix_64(pairs, key)
+        halves = torch.stack([bits, bits >> 32], dim=1).flatten()[start & 1 :][: stop - start]
+        return ((halves >> 8) & 0xFFFFFF).to(like.dtype).reshape(like.shape) / float(1 << 24)
 
 
 def random_key(seed: int, name: str, expert: int) -> int:

@@ -19,6 +19,7 @@ from mergewell.run import merge_tensors
 from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.magnitude import MagnitudeThreshold
+from mergewell.statistics.selected_energy import SelectedEnergy
 from mergewell.tensor_group import CHUNK, TensorGroup
 
 SIZE = 3 * CHUNK - 20_001
@@ -43,6 +44,13 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
         for c, r in itertools.product(("sum", "agreeing"), ("density", "none"))
     ),
     ("dare", {"density": 1.0}, 2),
+    *(
+        ("breadcrumbs", {"density": d, "gamma": g, "combine": c}, 3)
+        for d, g, c in (
+            (0.2, 0.01, "sum"), (0.3, 0.1, "agreeing"), ((0.1, 0.3, 0.9), (0.0, 0.2, 0.5), "sum"),
+        )
+    ),
+    *(("sce", {"density": d, "scale": 0.7}, k) for d, k in ((0.2, 3), (1.0, 2), (0.5, 4))),
     ("slerp", {"t": 0.3}, 2),
 ]  # fmt: skip
 
@@ -55,26 +63,31 @@ def models(dtype: torch.dtype, experts: int) -> list[Tensor]:
     return [base.to(dtype), *((base + step).to(dtype) for step in steps)]
 
 
-def raw(tensors: list[Tensor], values: dict[WeightStatistic, Any], cut: slice) -> kernels.RawBlock:
+def raw(
+    tensors: list[Tensor],
+    values: dict[WeightStatistic, Any],
+    cut: slice,
+    name: str = "layer.weight",
+) -> kernels.RawBlock:
     block = kernels.raw_block(
-        "layer.weight",
+        name,
         [tensor[cut] for tensor in tensors[1:]],
         tensors[0][cut],
         coefficients=[0.5 + 0.25 * k for k in range(len(tensors) - 1)],
         seed=3,
         offset=cut.start,
-        numel=SIZE,
+        numel=tensors[0].numel(),
         statistics=values,
     )
     assert block is not None
     return block
 
 
-def group(tensors: list[Tensor]) -> TensorGroup:
+def group(tensors: list[Tensor], name: str = "layer.weight") -> TensorGroup:
     dtype = compute_dtype([tensors[0].dtype])
     base, *experts = (tensor.to(dtype) for tensor in tensors)
     coefficients = torch.tensor([0.5 + 0.25 * k for k in range(len(experts))], dtype=dtype)
-    return TensorGroup("layer.weight", tuple(experts), coefficients, base, seed=3)
+    return TensorGroup(name, tuple(experts), coefficients, base, seed=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,39 +104,110 @@ def test_fused_merge_is_the_torch_merge_bit_for_bit(
     for start in range(0, SIZE, CHUNK):
         merged = kernels.merge(method, raw(tensors, values, slice(start, start + 2 * CHUNK)))
         assert merged is not None, "no fused form"
-        parts.append(kernels.as_tensor(merged)[:CHUNK])
+        assert merged.finite
+        parts.append(kernels.as_tensor(merged.out)[:CHUNK])
     assert torch.equal(torch.cat(parts), expected)
+
+
+def carried_out(statistic: WeightStatistic, named: dict[str, list[Tensor]], size: int) -> Any:
+    """Return each tensor's value by the fused form, from blocks of `size`, and the passes taken."""
+    program = kernels.program(statistic)
+    assert program is not None, "no fused form"
+    done: State = {}
+    taken: list[int] = []
+    for index in range(program.passes):
+        wanted = [name for name in named if program.wanted(done, name, index)]
+        summed: dict[str, Tensor] = {}
+        for name in wanted:
+            for start in range(0, named[name][0].numel(), size):
+                block = raw(named[name], {}, slice(start, start + size), name)
+                summed = joined(summed, program.update(done, block, index))
+        done = program.advance(done, summed, index)
+        taken += [index] if wanted else []
+    return {n: program.value(done, n, t[0].numel()) for n, t in named.items()}, taken
+
+
+def assert_same_selection(value: Any, expected: Any) -> None:
+    """Check keys, and how many ties may be taken wherever ties are cut at all."""
+    assert torch.equal(value["key"], expected["key"])
+    assert ("ties_before" in value) == ("ties_before" in expected)
+    if "ties_before" in value:
+        assert torch.equal(value["ties_kept"], expected["ties_kept"])
+        known = value["ties_before"][:, -1] > 0
+        assert known.any()
+        assert torch.equal(value["ties_before"][known], expected["ties_before"][known])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_fused_threshold_is_the_torch_threshold(scope: str, dtype: torch.dtype) -> None:
-    statistic = MagnitudeThreshold(density=(0.02, 0.4), scope=scope)  # type: ignore[arg-type]
+@pytest.mark.parametrize("outliers", [None, (0.01, 0.3)])
+def test_fused_threshold_is_the_torch_threshold(
+    scope: str, dtype: torch.dtype, outliers: Any
+) -> None:
+    statistic = MagnitudeThreshold(density=(0.02, 0.4), scope=scope, outliers=outliers)  # type: ignore[arg-type]
     tensors = models(dtype, 2)
-    done: State = {}
-    for index in range(statistic.passes):
-        if not statistic.wanted(done, "layer.weight", index):
-            continue
-        summed: dict[str, Tensor] = {}
-        for start in range(0, SIZE, CHUNK):
-            block = raw(tensors, {}, slice(start, start + CHUNK))
-            part = kernels.update(statistic, done, block, index)
-            assert part is not None, "no fused form"
-            summed = joined(summed, part)
-        done = statistic.advance(done, summed, index)
-    value = statistic.value(done, "layer.weight", SIZE)
+    named = {"a.weight": tensors, "b.weight": [t[:70_000].flip(0) for t in tensors]}
+    values, _ = carried_out(statistic, named, CHUNK)
+    expected = statistic.measure([group(t, name) for name, t in named.items()])
+    for name in named:
+        assert_same_selection(values[name], expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.0001, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("kind", ["spread", "one far block", "nearly all zero", "two values"])
+def test_ranks_are_exact_whatever_the_sample_says(
+    kind: str, density: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(SIZE, generator=generator)
+    step = torch.randn(SIZE, generator=generator) * 1e-3
+    if kind == "one far block":  # what the sample sees of it is far too little, or too much
+        step[1000:1030] *= 1000
+        step[SIZE // 2 :] *= 1e-6
+    if kind == "nearly all zero":
+        step[torch.rand(SIZE, generator=generator) < 0.995] = 0
+    if kind == "two values":
+        step = torch.where(step > 0, 0.25, 0.5)
+        base = torch.zeros(SIZE)
+    tensors = [base.to(dtype), (base + step).to(dtype)]
+    statistic = MagnitudeThreshold(density=density)
+    values, taken = carried_out(statistic, {"layer.weight": tensors}, 2 * CHUNK)
+    assert_same_selection(
+        values["layer.weight"], statistic.measure([group(tensors)])["layer.weight"]
+    )
+    assert len(taken) <= 7
+
+
+def test_a_bfloat16_fine_tune_takes_one_pass_of_counting() -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = (0.02 * torch.randn(SIZE, generator=generator)).bfloat16()
+    expert = (base + 1e-3 * torch.randn(SIZE, generator=generator)).bfloat16()
+    _, taken = carried_out(MagnitudeThreshold(density=0.2), {"w": [base, expert]}, CHUNK)
+    assert taken == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.2, 0.9, 1.0])
+def test_fused_energy_is_the_torch_energy(density: float, dtype: torch.dtype) -> None:
+    tensors = models(dtype, 3)
+    tensors[2][:50_000] = tensors[1][:50_000] = tensors[3][:50_000]  # no variance here
+    statistic = SelectedEnergy(density=density)
+    values, _ = carried_out(statistic, {"layer.weight": tensors}, CHUNK)
     expected = statistic.measure([group(tensors)])["layer.weight"]
-    assert value.keys() == expected.keys() >= {"ties_before"}
-    assert all(torch.equal(value[key], expected[key]) for key in value)
+    value = values["layer.weight"]
+    torch.testing.assert_close(value["energy"], expected["energy"], rtol=1e-12, atol=0)
+    if density < 1:
+        assert_same_selection(value, expected)
 
 
-def test_fused_inner_products_agree_to_rounding() -> None:
-    tensors = models(torch.bfloat16, 2)
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_fused_inner_products_agree_to_rounding(experts: int) -> None:
+    tensors = models(torch.bfloat16, experts)
     statistic = InnerProducts(of="experts")
-    state = kernels.update(statistic, {}, raw(tensors, {}, slice(0, SIZE)), 0)
-    assert state is not None
+    values, _ = carried_out(statistic, {"layer.weight": tensors}, CHUNK)
     expected = statistic.measure([group(tensors)])["layer.weight"]["products"]
-    found = statistic.value(state, "layer.weight", SIZE)["products"]
+    found = values["layer.weight"]["products"]
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-9)
 
 
@@ -141,17 +225,44 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     wide = stored[1].to(compute_dtype([dtype]))
     third = torch.tensor(1 / 3, dtype=wide.dtype)
     assert merged is not None
-    assert torch.equal(kernels.as_tensor(merged), (third * (wide + wide)).to(dtype))
+    assert torch.equal(kernels.as_tensor(merged.out), (third * (wide + wide)).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare", "breadcrumbs"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_change_sees_what_is_not_finite_and_how_far_the_rest_moved(value: float) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_seen_in_every_model(
+    name: str, value: float, dtype: torch.dtype
+) -> None:
+    method = METHODS.build(name, {"density": 0.5} if name in ("ties", "breadcrumbs") else {})
+    for spoiled in range(3):
+        tensors = [tensor.clone() for tensor in models(dtype, 2)]
+        tensors[spoiled][SIZE - 7] = value
+        made = {s: s.measure([group(tensors)])["layer.weight"] for s in method.statistics()}
+        merged = kernels.merge(method, raw(tensors, made, slice(CHUNK, SIZE)))
+        assert merged is not None
+        assert merged.finite == (value == 1e30)
+    tensors = models(dtype, 2)
+    made = {s: s.measure([group(tensors)])["layer.weight"] for s in method.statistics()}
+    merged = kernels.merge(method, raw(tensors, made, slice(CHUNK, SIZE)))
+    assert merged is not None
+    assert merged.finite
+
+
+def test_the_tally_is_the_distance_from_the_reference() -> None:
     old = torch.ones(40_000)
     new = old.clone()
     new[7] = 3.0
-    assert kernels.change(kernels.stored(new), kernels.stored(old)) == (True, 4.0, 40_000.0)
-    new[39_999] = value
-    assert kernels.change(kernels.stored(new), kernels.stored(old))[0] == (value == 1e30)
+    block = kernels.raw_block(
+        "w", [new], old, coefficients=[1.0], seed=0, offset=0, numel=40_000, statistics={}
+    )
+    assert block is not None
+    merged = kernels.merge(METHODS.build("average", {}), block)
+    assert merged is not None
+    assert (merged.changed, merged.moved, merged.original) == (True, 4.0, 40_000.0)
+    same = kernels.merge(METHODS.build("task_arithmetic", {"scale": 0.0}), block)
+    assert same is not None
+    assert (same.changed, same.moved) == (False, 0.0)
 
 
 def test_mixed_dtypes_and_small_blocks_have_no_fused_form() -> None:
@@ -167,7 +278,7 @@ def test_mixed_dtypes_and_small_blocks_have_no_fused_form() -> None:
     assert of(large[:9], large[:9]) is None
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare", "slerp"])
+@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare", "slerp", "sce"])
 def test_merges_of_files_do_not_change_with_the_fused_forms(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +289,52 @@ def test_merges_of_files_do_not_change_with_the_fused_forms(
     plan = make_plan(recipe_of(paths[0], paths[1:], {"name": name}))
     fused = dict(merge_tensors(plan))
     monkeypatch.setattr(kernels, "merge", lambda *_: None)
-    monkeypatch.setattr(kernels, "update", lambda *_: None)
+    monkeypatch.setattr(kernels, "program", lambda *_: None)
     plain = dict(merge_tensors(plan))
     assert all(torch.equal(fused[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("length", [1, 300, 4864])
+@pytest.mark.parametrize("kind", ["spread", "ties", "one value", "one binade", "zeros"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"density": 0.5, "epsilon": 0.15},
+        {"density": 0.3, "epsilon": 0.0, "combine": "sum", "rescale": "none"},
+        {"density": (1.0, 0.4, 0.6), "epsilon": (0.1, 0.2, 0.05)},
+    ],
+)
+def test_fused_ranks_are_the_torch_ranks(
+    parameters: dict[str, Any], kind: str, length: int
+) -> None:
+    rows = max(3, (1 << 15) // length + 1)
+    generator = torch.Generator().manual_seed(length)
+    base = torch.randn(rows, length, generator=generator)
+    steps = torch.randn(3, rows, length, generator=generator) * 0.1
+    if kind == "ties":
+        steps = (steps * 40).round() / 40
+    if kind == "one value":
+        steps = torch.full_like(steps, 0.5)
+        base = torch.zeros_like(base)
+    if kind == "one binade":
+        base, steps = torch.zeros_like(base), 1 + torch.rand(steps.shape, generator=generator) / 64
+    if kind == "zeros":
+        steps = steps * (torch.rand(steps.shape, generator=generator) < 0.1)
+    tensors = [base.bfloat16(), *((base + step).bfloat16() for step in steps)]
+    method = METHODS.build("della", parameters)
+    expected = method.merge(group(tensors)).bfloat16()
+    parts: list[Tensor] = []
+    for start in range(0, rows, 2):
+        block = kernels.raw_block(
+            "layer.weight", [t[start : start + 2] for t in tensors[1:]], tensors[0][start : start + 2],
+            coefficients=[0.5, 0.75, 1.0], seed=3, offset=start * length, numel=rows * length,
+            statistics={}, row=length,
+        )  # fmt: skip
+        assert block is not None
+        merged = kernels.merge(method, block)
+        assert merged is not None, "no fused form"
+        parts.append(kernels.as_tensor(merged.out).clone())
+        if start > 40:
+            break
+    found = torch.cat(parts)
+    assert torch.equal(found, expected.flatten()[: found.numel()])

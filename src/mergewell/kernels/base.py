@@ -1,8 +1,8 @@
 """Which merges and statistics have a fused form, and what it sees: blocks as they are stored.
 
-A file here has the name of a method's or a statistic's file and defines `merge(method, block)` or
-`update(statistic, done, block, index)`. It returns None for what it does not cover, and the torch
-form does it. Tests hold both to the same bits.
+A file here has the name of a method's file and defines `merge(method, block)`, or of a statistic's
+and defines `program(statistic)`. They return None for what they do not cover, and the torch form
+does it. Tests hold both to the same bits.
 
 Shapes: K experts, n elements of the block.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,10 +30,18 @@ from mergewell.tensor_group import Value
 Raw = NDArray[Any]
 """Stored elements: uint16 holds the bits of bfloat16, float32 is itself."""
 
-SMALLEST = 1 << 15
-"""Elements below which loading compiled code does not pay."""
+_SHARED = {"base", "ops", "options", "order_ops", "rank_ops", "sparse_ops", "thresholds"}
+"""Files here that are nobody's form."""
 
-_STORED = {torch.bfloat16: np.dtype(np.uint16), torch.float32: np.dtype(np.float32)}
+SMALLEST = 1 << 15
+"""Elements of a whole tensor below which loading compiled code does not pay."""
+
+STORED: Mapping[torch.dtype, np.dtype[Any]] = {
+    torch.bfloat16: np.dtype(np.uint16),
+    torch.float32: np.dtype(np.float32),
+}
+"""Dtypes that fused forms read and write."""
+
 _COMPUTED = {torch.bfloat16: np.dtype(np.float32), torch.float32: np.dtype(np.float64)}
 
 
@@ -53,6 +62,12 @@ class RawBlock:
     numel: int
     statistics: Mapping[WeightStatistic, Value]
 
+    reference: Raw
+    """What the change is told against, [n]."""
+
+    row: int
+    """Elements of a row; blocks for methods on rows hold whole ones."""
+
     @property
     def computed(self) -> np.dtype[Any]:
         """The dtype to compute in."""
@@ -69,13 +84,19 @@ def raw_block(
     offset: int,
     numel: int,
     statistics: Mapping[WeightStatistic, Value],
+    reference: Tensor | None = None,
+    row: int | None = None,
 ) -> RawBlock | None:
-    """Return the block as it is stored; None where dtypes differ or have no fused form."""
+    """Return the block as it is stored; None where dtypes differ or have no fused form.
+
+    The reference is the base, or else the first expert, unless given; a block is one row, too.
+    """
     tensors = [*experts, *([base] if base is not None else [])]
+    tensors += [reference] if reference is not None else []
     dtype = tensors[0].dtype
-    if dtype not in _STORED or any(t.dtype != dtype for t in tensors):
+    if dtype not in STORED or any(t.dtype != dtype for t in tensors):
         return None
-    if tensors[0].numel() < SMALLEST:
+    if max(numel, tensors[0].numel()) < SMALLEST:
         return None
     return RawBlock(
         name,
@@ -86,6 +107,8 @@ def raw_block(
         offset,
         numel,
         statistics,
+        stored(reference if reference is not None else base if base is not None else experts[0]),
+        row if row is not None else max(1, tensors[0].numel()),
     )
 
 
@@ -101,20 +124,78 @@ def as_tensor(raw: Raw) -> Tensor:
     return tensor.view(torch.bfloat16) if raw.dtype == np.uint16 else tensor
 
 
-def merge(method: MergeMethod, block: RawBlock) -> Raw | None:
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A merged block, and what was seen on the way."""
+
+    out: Raw
+    finite: bool
+    """Whether all inputs and the result are."""
+
+    changed: bool
+    """Whether any element differs from the reference's."""
+
+    moved: float
+    """Sum of the squared differences."""
+
+    original: float
+    """Sum of the squared elements of the reference."""
+
+    @classmethod
+    def of(cls, out: Raw, tally: object) -> Fused:
+        """Take in what `ops.tallied` returned."""
+        finite, changed, moved, original = cast("tuple[bool, bool, float, float]", tally)
+        return cls(out, bool(finite), bool(changed), float(moved), float(original))
+
+
+class Program(ABC):
+    """Another way to the value of a weight statistic, from blocks as they are stored.
+
+    The life of its passes is that of `WeightStatistic`, whose docstrings hold here too.
+    """
+
+    passes: int = 1
+
+    def __init__(self, statistic: WeightStatistic) -> None:
+        """Take the place of this statistic."""
+        self.statistic = statistic
+
+    @abstractmethod
+    def update(self, done: State, block: RawBlock, index: int) -> State:
+        """Return what this block adds in pass `index`."""
+
+    def wanted(self, done: State, name: str, index: int) -> bool:
+        """Return whether the tensor `name` has to be read in pass `index`."""
+        del done, name
+        return index < self.passes
+
+    def advance(self, done: State, summed: State, index: int) -> State:
+        """Return the state after pass `index`."""
+        return self.statistic.advance(done, summed, index)
+
+    def value(self, done: State, name: str, numel: int) -> Value:
+        """Return the finished value for the tensor `name`."""
+        return self.statistic.value(done, name, numel)
+
+
+def has_form(method: MergeMethod) -> bool:
+    """Return whether there is a fused form for some parameters of this method."""
+    return hasattr(_module(method.component_name()), "merge")
+
+
+def merge(method: MergeMethod, block: RawBlock) -> Fused | None:
     """Return the merged block in its stored dtype, or None where no fused form covers it."""
-    module = _module(method.component_name())
-    if module is None or not hasattr(module, "merge"):
+    if not has_form(method):
         return None
-    return cast("Raw | None", module.merge(method, block))
+    return cast("Fused | None", cast("Any", _module(method.component_name())).merge(method, block))
 
 
-def update(statistic: WeightStatistic, done: State, block: RawBlock, index: int) -> State | None:
-    """Return what a block adds to a statistic, or None where no fused form covers it."""
-    module = _module(statistic.component_name())
-    if module is None or not hasattr(module, "update"):
+def program(statistic: WeightStatistic) -> Program | None:
+    """Return the fused form of a statistic, or None where there is none."""
+    module: Any = _module(statistic.component_name())
+    if not hasattr(module, "program"):
         return None
-    return cast("State | None", module.update(statistic, done, block, index))
+    return cast("Program | None", module.program(statistic))
 
 
 def not_finite(block: RawBlock) -> bool:
@@ -125,16 +206,8 @@ def not_finite(block: RawBlock) -> bool:
     return any(bool(ops.not_finite(array)) for array in arrays)
 
 
-def change(merged: Raw, original: Raw) -> tuple[bool, float, float]:
-    """Return whether all is finite, and the squared differences and originals, summed."""
-    from mergewell.kernels import ops  # compiled code is loaded when it is needed
-
-    finite, moved, size = cast("tuple[bool, float, float]", ops.change(merged, original))
-    return bool(finite), float(moved), float(size)
-
-
 @cache
 def _module(name: str) -> ModuleType | None:
     path = importlib.import_module("mergewell.kernels").__path__
-    found = {module.name for module in pkgutil.iter_modules(path)} - {"base", "ops"}
+    found = {module.name for module in pkgutil.iter_modules(path)} - _SHARED
     return importlib.import_module(f"mergewell.kernels.{name}") if name in found else None

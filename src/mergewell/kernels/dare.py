@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergewell.kernels import ops
-from mergewell.kernels.base import Raw, RawBlock
-from mergewell.kernels.sparse import combination
+from mergewell.kernels import sparse_ops
+from mergewell.kernels.base import Fused, RawBlock
+from mergewell.kernels.options import combination
 from mergewell.methods.base import for_each
 from mergewell.methods.dare import Dare
 from mergewell.tensor_group import random_key
 
 
-def merge(method: Dare, block: RawBlock) -> Raw | None:
+def merge(method: Dare, block: RawBlock) -> Fused | None:
     """Return the base plus the scaled combination of the thinned task vectors."""
     base = block.base
     if base is None or method.rescale == "norm":
         return None
-    densities = np.array(for_each(method.density, len(block.experts)), block.computed)
+    densities = np.array(for_each(method.density, len(block.experts)), np.float64)
     keys = np.array([random_key(block.seed, block.name, k) for k in range(len(densities))])
     # an integer number is below the limit just where number / 2^24 is below the density
-    limits = np.ceil(densities.astype(np.float64) * (1 << 24)).astype(np.int32)
-    divisors = densities if method.rescale == "density" else np.ones_like(densities)
+    limits = np.ceil(densities * (1 << 24)).astype(np.int32)
+    factors = 1 / densities if method.rescale == "density" else np.ones_like(densities)
     out = np.empty_like(base)
-    ops.dare(
-        base, block.experts, block.offset, keys, limits, divisors, block.coefficients,
-        combination(method), block.computed.type(method.scale), out,
+    tally = sparse_ops.drop_and_combine(
+        base, block.experts, block.offset, keys, limits, factors.astype(block.computed),
+        block.coefficients, combination(method, len(densities)), block.computed.type(method.scale),
+        out,
     )  # fmt: skip
-    return out
+    return Fused.of(out, tally)

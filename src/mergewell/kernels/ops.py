@@ -19,7 +19,7 @@ from numba.extending import intrinsic, overload
 fused = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, inline="always")
 
-TILE = 8192
+TILE = 4096
 """Elements that the loops work on at a time, so that what they share stays in the first cache."""
 
 LANES = 256
@@ -82,29 +82,86 @@ def magnitude_key(value):
     return np.int32(_float_as_bits(np.float32(abs(value))))
 
 
+def not_finite_mark(array, i):
+    """Return 0 for a finite element and another 16-bit number for NaN and Inf."""
+    raise NotImplementedError
+
+
+@overload(not_finite_mark, inline="always")
+def _not_finite_mark(array, i):
+    if array.dtype == types.uint16:
+        # an exponent of ones, and nothing else, carries into the uppermost bit
+        return lambda array, i: (
+            ((array[i] & np.uint16(0x7F80)) + np.uint16(0x80)) & np.uint16(0x8000)
+        )
+    return lambda array, i: np.uint16(array[i] - array[i] != 0)
+
+
 @inlined
-def uniform(position, key):
-    """Return a 24-bit random integer for a position (from 1) under a key; see TensorGroup."""
-    z = position * np.int64(-7046029254386353131) + key
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * np.int64(-4658895280553007687)
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * np.int64(-7723592293110705685)
-    z = z ^ ((z >> 31) & 0x1FFFFFFFF)
-    return (z >> 40) & 0xFFFFFF
+def count_marks(marks):
+    """Return how many of at most TILE marks are 1."""
+    count = np.int32(0)
+    for i in range(marks.size):
+        count += marks[i]
+    return count
+
+
+@fused
+def watch(array, marks):
+    """Mark in marks [LANES] where a tile holds NaN or Inf."""
+    for start in range(0, array.size, LANES):
+        part = array[start : start + LANES]
+        for i in range(part.size):
+            marks[i] |= not_finite_mark(part, i)
 
 
 @fused
 def not_finite(array):
     """Return whether any element is NaN or Inf."""
-    found = False
-    for i in range(array.size):
-        value = load(array, i)
-        found |= value - value != 0
-    return found
+    marks = np.zeros(LANES, np.uint16)
+    watch(array, marks)
+    return marks.any()
 
 
 @fused
-def average(experts, coefficients, total, normalize, out):
-    """Store sum_k c_k x_k, divided by `total` if asked."""
+def account(merged, reference, marks, lanes, sums):
+    """Add what a tile of the result says to the tally of a block; see `tallied`.
+
+    marks: uint16 [2, LANES], where it or the reference is not finite, and where they differ;
+    lanes: [2, LANES] in the dtype to compute in, scratch; sums: float64 [2, LANES], squared
+    differences and originals.
+    The sums of a tile are made in the dtype to compute in, those of tiles in float64.
+    """
+    lanes[:] = 0
+    moved, size, bad, changed = lanes[0], lanes[1], marks[0], marks[1]
+    for start in range(0, merged.size, LANES):
+        new, old = merged[start : start + LANES], reference[start : start + LANES]
+        for i in range(new.size):
+            x, y = load(new, i), load(old, i)
+            moved[i] += (x - y) * (x - y)
+            size[i] += y * y
+        for i in range(new.size):
+            bad[i] |= not_finite_mark(new, i) | not_finite_mark(old, i)
+            changed[i] |= np.uint16(load(new, i) != load(old, i))
+    for i in range(LANES):
+        sums[0, i] += moved[i]
+        sums[1, i] += size[i]
+
+
+@fused
+def tallied(marks, sums):
+    """Return whether all was finite, whether any changed, squared differences and originals."""
+    return not marks[0].any(), marks[1].any(), sums[0].sum(), sums[1].sum()
+
+
+@fused
+def average(experts, coefficients, total, normalize, reference, out):
+    """Store sum_k c_k x_k, divided by `total` if asked; return the tally.
+
+    What is not finite in an input is not finite in the result, so only that is looked at.
+    """
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), coefficients.dtype)
     tile = np.empty(TILE, coefficients.dtype)
     for start in range(0, out.size, TILE):
         stop = min(start + TILE, out.size)
@@ -121,11 +178,18 @@ def average(experts, coefficients, total, normalize, out):
                 tile[i] = tile[i] / total
         for i in range(part.size):
             store(part, i, tile[i])
+        account(part, reference[start:stop], marks, lanes, sums)
+    return tallied(marks, sums)
 
 
 @fused
 def task_arithmetic(base, experts, coefficients, divisor, scale, out):
-    """Store base + scale * sum_k c_k (x_k - base) / divisor; a divisor of 1 changes nothing."""
+    """Store base + scale * sum_k c_k (x_k - base) / divisor; a divisor of 1 changes nothing.
+
+    Returns the tally; what is not finite in an input is not finite in the result.
+    """
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), coefficients.dtype)
     origin = np.empty(TILE, coefficients.dtype)
     tile = np.empty(TILE, coefficients.dtype)
     for start in range(0, out.size, TILE):
@@ -144,228 +208,23 @@ def task_arithmetic(base, experts, coefficients, divisor, scale, out):
                 tile[i] = tile[i] / divisor
         for i in range(part.size):
             store(part, i, origin[i] + scale * tile[i])
+        account(part, own, marks, lanes, sums)
+    return tallied(marks, sums)
 
 
 @fused
-def line(first, second, left, right, out):
-    """Store left * x_1 + right * x_2."""
-    for i in range(out.size):
-        store(out, i, left * load(first, i) + right * load(second, i))
-
-
-@fused
-def trimmed(base, expert, cut, ties_left, out):
-    """Put a task vector's entries at or above the key `cut` into out, 0 elsewhere.
-
-    ties_left is how many entries equal to the key may be kept from here on; negative keeps all.
-    Returns how many are left afterwards.
-    """
-    zero = out.dtype.type(0)
-    if ties_left < 0:
-        for i in range(base.size):
-            tau = load(expert, i) - load(base, i)
-            out[i] = tau if magnitude_key(tau) >= cut else zero
-        return ties_left
-    for i in range(base.size):
-        tau = load(expert, i) - load(base, i)
-        out[i] = tau if magnitude_key(tau) > cut else zero
-    for i in range(base.size):
-        if ties_left == 0:
-            break
-        tau = load(expert, i) - load(base, i)
-        if magnitude_key(tau) == cut:
-            out[i] = tau
-            ties_left -= 1
-    return ties_left
-
-
-@fused
-def combine(taus, coefficients, agreeing, count, weighted, divide, scale, base, out):
-    """Store base + scale * the combination of K thinned task vectors, taus [K, TILE].
-
-    agreeing: elect signs (by count or mass, of weighted or plain task vectors) and keep what
-    agrees; otherwise add up. divide: 0 not at all, 1 by how many (agree), 2 by coefficients.
-    base, out: [n], n at most TILE.
-    """
-    one = coefficients.dtype.type(1)
-    zero = coefficients.dtype.type(0)
-    size, experts = base.size, len(coefficients)
-    summed = np.zeros(size, coefficients.dtype)
-    divisor = np.zeros(size, coefficients.dtype)
-    if agreeing:
-        elected = np.zeros(size, coefficients.dtype)
-        for k in range(experts):
-            c, tau = coefficients[k], taus[k, :size]
-            factor = c if weighted else one
-            if count:
-                for i in range(size):
-                    vote = factor * tau[i]
-                    elected[i] += (one if vote > 0 else zero) - (one if vote < 0 else zero)
-            else:
-                for i in range(size):
-                    elected[i] += factor * tau[i]
-        for k in range(experts):
-            c, tau = coefficients[k], taus[k, :size]
-            factor = c if weighted else one
-            share = c if divide == 2 else one
-            for i in range(size):
-                vote = factor * tau[i]
-                agrees = (vote > 0) if elected[i] >= 0 else (vote < 0)
-                summed[i] += c * (tau[i] if agrees else zero)
-                divisor[i] += share if agrees else zero
-        if divide != 0:
-            for i in range(size):
-                summed[i] = summed[i] / (divisor[i] if divisor[i] != 0 else one)
-    else:
-        total = coefficients[0]
-        for k in range(1, experts):
-            total = total + coefficients[k]
-        for k in range(experts):
-            c, tau = coefficients[k], taus[k, :size]
-            for i in range(size):
-                summed[i] += c * tau[i]
-        share = one * experts if divide == 1 else total
-        if divide == 1 or (divide == 2 and abs(np.float64(total)) >= 1e-8):
-            for i in range(size):
-                summed[i] = summed[i] / share
-    for i in range(size):
-        store(out, i, load(base, i) + scale * summed[i])
-
-
-@fused
-def change(merged, original):
-    """Return whether all is finite, the squared differences and the squared originals, summed.
-
-    LANES sums side by side, each in order, so that the loop needs no order of its own.
-    """
-    moved = np.zeros(LANES, np.float64)
-    size = np.zeros(LANES, np.float64)
-    check = np.zeros(LANES, np.float64)
-    for start in range(0, merged.size, LANES):
-        new, old = merged[start : start + LANES], original[start : start + LANES]
-        for i in range(new.size):
-            x, y = load(new, i), load(old, i)
-            step = np.float64(x) - np.float64(y)
-            moved[i] += step * step
-            size[i] += np.float64(y) * np.float64(y)
-            check[i] += np.float64(x - x)  # stays 0, or becomes NaN at the first NaN or Inf
-    return check.sum() == 0.0, moved.sum(), size.sum()
-
-
-@inlined
-def count_marks(marks):
-    """Return how many of at most TILE marks are 1."""
-    count = np.int32(0)
-    for i in range(marks.size):
-        count += marks[i]
-    return count
-
-
-@fused
-def count_upper(base, expert, counts):
-    """Add to counts [4, 2^15] by the upper bits of the task vector's keys; return those > 0.
-
-    Four counters of each bucket: neighbours often fall into one and would wait for each other.
-    """
-    keys = np.empty(TILE, np.int32)
-    marks = np.empty(TILE, np.uint8)
-    zeros = 0
-    for start in range(0, base.size, TILE):
-        own, other = base[start : start + TILE], expert[start : start + TILE]
-        for i in range(own.size):
-            keys[i] = magnitude_key(load(other, i) - load(own, i))
-        for i in range(own.size):
-            marks[i] = keys[i] == 0
-            keys[i] = keys[i] >> 16
-        zeros += count_marks(marks[: own.size])
-        last = own.size - own.size % 4
-        for i in range(0, last, 4):
-            for lane in range(4):
-                counts[lane, keys[i + lane]] += 1
-        for i in range(last, own.size):
-            counts[0, keys[i]] += 1
-    return base.size - zeros
-
-
-@fused
-def count_lower(base, expert, bucket, counts):
-    """Add to counts [2^16] by the lower bits of the keys whose upper bits are `bucket`."""
-    keys = np.empty(TILE, np.int32)
-    found = np.empty(TILE, np.int32)
-    for start in range(0, base.size, TILE):
-        own, other = base[start : start + TILE], expert[start : start + TILE]
-        for i in range(own.size):
-            keys[i] = magnitude_key(load(other, i) - load(own, i))
-        # the places are packed without a branch: which keys fall in the bucket cannot be guessed
-        n = 0
-        for i in range(own.size):
-            found[n] = keys[i] & 0xFFFF
-            n += keys[i] >> 16 == bucket
-        for i in range(n):
-            counts[found[i]] += 1
-
-
-@fused
-def count_ties(base, expert, cut):
-    """Return how many keys equal `cut`."""
-    # marked first and counted after: a sum inside the loop over floats was three times as slow
-    found = 0
-    wanted = np.int32(cut)
-    hits = np.empty(TILE, np.uint8)
-    for start in range(0, base.size, TILE):
-        own, other = base[start : start + TILE], expert[start : start + TILE]
-        for i in range(own.size):
-            hits[i] = magnitude_key(load(other, i) - load(own, i)) == wanted
-        found += count_marks(hits[: own.size])
-    return found
-
-
-@fused
-def drop(base, expert, position, key, limit, divisor, out):
-    """Put a task vector's entries into out where their random number is below `limit`, divided.
-
-    position: of the first element in the whole tensor; key: of the random numbers; limit: of 2^24.
-    """
-    zero = divisor - divisor
-    numbers = np.empty(TILE, np.int32)
-    for start in range(0, base.size, TILE):
-        own, other = base[start : start + TILE], expert[start : start + TILE]
-        kept = out[start : start + TILE]
-        # two loops, each of which is vectorised: one would not be
-        for i in range(own.size):
-            numbers[i] = np.int32(uniform(position + start + i + 1, key))
-        for i in range(own.size):
-            tau = load(other, i) - load(own, i)
-            kept[i] = (tau if numbers[i] < limit else zero) / divisor
-
-
-@fused
-def ties(base, experts, cuts, ties_left, coefficients, options, scale, out):
-    """Store the merge of trimmed task vectors; options are those of `combine`, in order."""
-    taus = np.empty((len(experts), TILE), coefficients.dtype)
-    agreeing, count, weighted, divide = options
-    for start in range(0, base.size, TILE):
-        stop = min(start + TILE, base.size)
-        own = base[start:stop]
-        for k in range(len(experts)):
-            ties_left[k] = trimmed(own, experts[k][start:stop], cuts[k], ties_left[k], taus[k])
-        combine(taus, coefficients, agreeing, count, weighted, divide, scale, own, out[start:stop])
-
-
-@fused
-def dare(base, experts, position, keys, limits, divisors, coefficients, options, scale, out):
-    """Store the merge of randomly thinned task vectors; options are those of `combine`."""
-    taus = np.empty((len(experts), TILE), coefficients.dtype)
-    agreeing, count, weighted, divide = options
-    for start in range(0, base.size, TILE):
-        stop = min(start + TILE, base.size)
-        own = base[start:stop]
-        for k in range(len(experts)):
-            drop(
-                own, experts[k][start:stop], position + start, keys[k], limits[k], divisors[k],
-                taus[k],
-            )  # fmt: skip
-        combine(taus, coefficients, agreeing, count, weighted, divide, scale, own, out[start:stop])
+def line(first, second, shares, reference, out):
+    """Store s_1 x_1 + s_2 x_2; return the tally."""
+    left, right = shares[0], shares[1]
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), shares.dtype)
+    for start in range(0, out.size, TILE):
+        one, two = first[start : start + TILE], second[start : start + TILE]
+        part = out[start : start + TILE]
+        for i in range(part.size):
+            store(part, i, left * load(one, i) + right * load(two, i))
+        account(part, reference[start : start + TILE], marks, lanes, sums)
+    return tallied(marks, sums)
 
 
 @fused

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from mergewell.kernels import ops
-from mergewell.kernels.base import Raw, RawBlock
+from mergewell.kernels.base import Fused, RawBlock
 from mergewell.methods.task_arithmetic import TaskArithmetic
 
 
-def merge(method: TaskArithmetic, block: RawBlock) -> Raw | None:
+def merge(method: TaskArithmetic, block: RawBlock) -> Fused | None:
     """Return the base plus the scaled sum of the task vectors."""
     if block.base is None:
         return None
@@ -22,6 +22,7 @@ def merge(method: TaskArithmetic, block: RawBlock) -> Raw | None:
         total = computed(sum(torch.from_numpy(block.coefficients)))
         divisor = total if abs(float(total)) >= 1e-8 else divisor
     out = np.empty_like(block.base)
-    scale = computed(method.scale)
-    ops.task_arithmetic(block.base, block.experts, block.coefficients, divisor, scale, out)
-    return out
+    tally = ops.task_arithmetic(
+        block.base, block.experts, block.coefficients, divisor, computed(method.scale), out
+    )
+    return Fused.of(out, tally)

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergewell.kernels import ops
-from mergewell.kernels.base import Raw, RawBlock
-from mergewell.kernels.sparse import combination
+from mergewell.kernels import sparse_ops
+from mergewell.kernels.base import Fused, RawBlock
+from mergewell.kernels.options import combination, ties_left
 from mergewell.methods.ties import Ties
-from mergewell.tensor_group import CHUNK
 
 
-def merge(method: Ties, block: RawBlock) -> Raw | None:
+def merge(method: Ties, block: RawBlock) -> Fused | None:
     """Return the base plus the scaled combination of what is kept and agrees."""
-    base, statistics = block.base, method.statistics()
+    base, statistics, experts = block.base, method.statistics(), len(block.experts)
     if base is None or method.rescale != "none":
         return None
+    cuts = np.full((experts, 2), sparse_ops.NONE_ABOVE, np.int32)
+    left = np.full((experts, 2), -1)
     if not statistics:
-        cuts, left = [0] * len(block.experts), [-1] * len(block.experts)
+        cuts[:, 1] = 0
     elif statistics[0] in block.statistics:
         value = block.statistics[statistics[0]]
-        cuts = [int(key) for key in value["key"]]
-        left = [-1] * len(cuts)
-        if "ties_before" in value:
-            before = value["ties_before"][:, block.offset // CHUNK]
-            left = [max(0, int(count)) for count in value["ties_kept"] - before]
+        cuts[:, 1] = value["key"].numpy()
+        left[:, 1] = ties_left(value, block.offset)
     else:
         return None
-
     out = np.empty_like(base)
-    ops.ties(
-        base, block.experts, np.array(cuts, np.int32), np.array(left), block.coefficients,
-        combination(method), block.computed.type(method.scale), out,
+    tally = sparse_ops.trim_and_combine(
+        base, block.experts, cuts, left, block.coefficients, combination(method, experts),
+        block.computed.type(method.scale), out,
     )  # fmt: skip
-    return out
+    return Fused.of(out, tally)

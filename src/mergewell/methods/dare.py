@@ -48,7 +48,7 @@ class Dare(ops.SparseMerge):
         for expert, (tau, density) in enumerate(zip(group.task_vectors, densities, strict=True)):
             if density < 1.0:
                 tau = torch.where(self._kept().keep(group, expert), tau, 0.0)
-            kept.append(tau / density if self.rescale == "density" else tau)
+            kept.append(tau * (1 / density) if self.rescale == "density" else tau)
         if self.rescale != "norm":
             return kept
         return ops.restore_norms(kept, group.statistic(self._kept()))

@@ -53,12 +53,15 @@ class Sce(MergeMethod):
         kept = list(group.task_vectors)
         if mask is not None:
             kept = [torch.where(mask, tau, 0.0) for tau in kept]
-        energy = value["energy"]
-        whole = energy.sum()
-        weights = torch.ones_like(energy) / len(energy)
-        if float(whole) > 0 and float(whole) >= self.least:
-            weights = energy / whole
-        weighed = replace(group, coefficients=group.coefficients * weights.to(kept[0].dtype))
+        weights = self.weights(value["energy"]).to(kept[0].dtype)
+        weighed = replace(group, coefficients=group.coefficients * weights)
         elected = ops.elect_sign(kept, "mass")
         merged = ops.combine_agreeing(weighed, kept, elected, "coefficients")
         return group.required_base + self.scale * merged
+
+    def weights(self, energy: Tensor) -> Tensor:
+        """Return each expert's share of the mean squares [K]; equal ones below `least`."""
+        whole = energy.sum()
+        if float(whole) > 0 and float(whole) >= self.least:
+            return energy / whole
+        return torch.ones_like(energy) / len(energy)

@@ -1,0 +1,309 @@
+"""Compiled loops of methods that thin task vectors out: trim, drop, elect, combine.
+
+They round as the torch forms do; see `ops`. Shapes: K experts, n elements of a tile.
+"""
+# Numba takes these functions apart itself; their types are those of their callers.
+# pyright: basic, reportCallIssue=false
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergewell.kernels.ops import (
+    LANES,
+    account,
+    fused,
+    load,
+    magnitude_key,
+    store,
+    tallied,
+    watch,
+)
+
+TILE = 2048
+"""Elements at a time: the thinned tiles of a few experts stay in the first cache."""
+
+NONE_ABOVE = 0x7FFFFFFF
+"""A key that no number has."""
+
+
+@fused
+def bound(keys, cut, left, lanes):
+    """Return the key from which entries of a tile are taken, and how many ties are left after.
+
+    Entries above `cut` are taken, and of those at it the first `left` (a negative number: all).
+    The bound is -1 where only some ties of this very tile are taken: look at each entry then.
+    lanes: int32 [LANES], scratch.
+    """
+    if left <= 0:
+        return min(np.int64(cut) + (left == 0), NONE_ABOVE), left
+    wanted = np.int32(cut)
+    lanes[:] = 0
+    for start in range(0, keys.size, LANES):
+        part = keys[start : start + LANES]
+        for i in range(part.size):
+            lanes[i] += np.int32(part[i] == wanted)
+    found = lanes.sum()
+    return (np.int64(cut), left - found) if found <= left else (-1, left)
+
+
+@fused
+def trimmed(base, expert, cuts, left, out, keys, lanes):
+    """Put the entries of a task vector between two cuts into out, 0 elsewhere.
+
+    cuts: [2], the keys above which entries are passed over, and down to which they are kept;
+    left: [2], how many entries at each key are passed over or kept from here on (negative: all),
+    changed in place. keys: scratch of the tile's size.
+    """
+    zero = out.dtype.type(0)
+    if left[0] > 0 or left[1] > 0:
+        for i in range(base.size):
+            keys[i] = magnitude_key(load(expert, i) - load(base, i))
+    upper, upper_left = bound(keys[: base.size], cuts[0], left[0], lanes)
+    lower, lower_left = bound(keys[: base.size], cuts[1], left[1], lanes)
+    if upper >= 0 and lower >= 0:
+        left[0], left[1] = upper_left, lower_left
+        low, high = np.int32(lower), np.int32(upper)
+        for i in range(base.size):
+            tau = load(expert, i) - load(base, i)
+            key = magnitude_key(tau)
+            out[i] = tau if (key >= low) & (key < high) else zero
+        return
+    for i in range(base.size):
+        taken = np.zeros(2, np.bool_)
+        for side in range(2):
+            tied = keys[i] == cuts[side]
+            taken[side] = keys[i] > cuts[side] or (tied and left[side] != 0)
+            if tied and left[side] > 0:
+                left[side] -= 1
+        tau = load(expert, i) - load(base, i)
+        out[i] = tau if taken[1] and not taken[0] else zero
+
+
+@fused
+def combine(taus, coefficients, options, scale, base, out, scratch):
+    """Store base + scale * the combination of thinned task vectors.
+
+    taus: [K, TILE] with K even: a missing one is all 0 and has the coefficient 0. options:
+    agreeing: elect signs and keep what agrees, else add up; count: elect by count, else by mass;
+    weighted: votes times coefficients; divide: 0 not at all, 1 by how many (agree), 2 by
+    coefficients; experts: how many there are. base, out: [n]; scratch: [3, TILE].
+    """
+    agreeing, count, weighted, divide, experts = options
+    one, zero = coefficients.dtype.type(1), coefficients.dtype.type(0)
+    size = base.size
+    sign, summed, divisor = scratch[0, :size], scratch[1, :size], scratch[2, :size]
+    for i in range(size):
+        summed[i] = zero
+    if agreeing:
+        for i in range(size):
+            sign[i] = zero
+            divisor[i] = zero
+        for k in range(0, len(coefficients), 2):
+            left, right = taus[k, :size], taus[k + 1, :size]
+            f, g = (coefficients[k], coefficients[k + 1]) if weighted else (one, one)
+            if count:
+                for i in range(size):
+                    x, y = f * left[i], g * right[i]
+                    sign[i] += (one if x > 0 else zero) - (one if x < 0 else zero)
+                    sign[i] += (one if y > 0 else zero) - (one if y < 0 else zero)
+            else:
+                for i in range(size):
+                    sign[i] = sign[i] + f * left[i] + g * right[i]
+        for i in range(size):
+            sign[i] = one if sign[i] >= 0 else -one
+        for k in range(0, len(coefficients), 2):
+            left, right = taus[k, :size], taus[k + 1, :size]
+            c, d = coefficients[k], coefficients[k + 1]
+            f, g = (c, d) if weighted else (one, one)
+            p, q = (c, d) if divide == 2 else (one, one)
+            for i in range(size):
+                x, y, up = left[i], right[i], sign[i]
+                first, second = f * x * up > 0, g * y * up > 0
+                summed[i] = summed[i] + c * (x if first else zero) + d * (y if second else zero)
+                divisor[i] = divisor[i] + (p if first else zero) + (q if second else zero)
+        if divide != 0:
+            for i in range(size):
+                mean = summed[i] / (divisor[i] if divisor[i] != 0 else one)
+                store(out, i, load(base, i) + scale * mean)
+            return
+    else:
+        total = coefficients[0]
+        for k in range(1, experts):
+            total = total + coefficients[k]
+        for k in range(0, len(coefficients), 2):
+            left, right = taus[k, :size], taus[k + 1, :size]
+            c, d = coefficients[k], coefficients[k + 1]
+            for i in range(size):
+                summed[i] = summed[i] + c * left[i] + d * right[i]
+        share = one * experts if divide == 1 else total
+        if divide == 1 or (divide == 2 and abs(np.float64(total)) >= 1e-8):
+            for i in range(size):
+                summed[i] = summed[i] / share
+    for i in range(size):
+        store(out, i, load(base, i) + scale * summed[i])
+
+
+@fused
+def even(coefficients):
+    """Return the coefficients with a 0 behind them where their number is odd."""
+    padded = np.zeros(len(coefficients) + len(coefficients) % 2, coefficients.dtype)
+    padded[: len(coefficients)] = coefficients
+    return padded
+
+
+@fused
+def trim_and_combine(base, experts, cuts, left, coefficients, options, scale, out):
+    """Store the merge of trimmed task vectors; return the tally.
+
+    cuts, left: [K, 2], see `trimmed`; left is used up. options: those of `combine`.
+    """
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), coefficients.dtype)
+    padded = even(coefficients)
+    taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
+    keys, ties = np.empty(TILE, np.int32), np.empty(LANES, np.int32)
+    for start in range(0, base.size, TILE):
+        own, part = base[start : start + TILE], out[start : start + TILE]
+        for k in range(len(experts)):
+            expert = experts[k][start : start + TILE]
+            watch(expert, marks[0])
+            trimmed(own, expert, cuts[k], left[k], taus[k], keys, ties)
+        combine(taus, padded, options, scale, own, part, scratch)
+        account(part, own, marks, lanes, sums)
+    return tallied(marks, sums)
+
+
+@fused
+def draw(position, key, size, pairs, numbers):
+    """Put 24-bit random integers for `size` positions under a key into numbers; see TensorGroup."""
+    first, odd = position >> 1, position & 1
+    for i in range((size + odd + 1) >> 1):
+        z = (first + i + 1) * np.int64(-7046029254386353131) + key
+        z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * np.int64(-4658895280553007687)
+        z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * np.int64(-7723592293110705685)
+        pairs[i] = z ^ ((z >> 31) & 0x1FFFFFFFF)
+    halves = pairs.view(np.int32)[odd : odd + size]
+    for i in range(size):
+        numbers[i] = (halves[i] >> 8) & 0xFFFFFF
+
+
+@fused
+def dropped(base, expert, numbers, limit, factor, out):
+    """Put a task vector's entries into out where their number is below `limit`, times `factor`."""
+    zero = out.dtype.type(0)
+    for i in range(base.size):
+        tau = load(expert, i) - load(base, i)
+        out[i] = (tau if numbers[i] < limit else zero) * factor
+
+
+@fused
+def drop_and_combine(
+    base, experts, position, keys, limits, factors, coefficients, options, scale, out
+):
+    """Store the merge of randomly thinned task vectors; return the tally.
+
+    position: of the first element in the whole tensor; keys, limits (of 2^24), factors: [K].
+    """
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), coefficients.dtype)
+    padded = even(coefficients)
+    taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
+    pairs, numbers = np.empty(TILE // 2 + 1, np.int64), np.empty(TILE, np.int32)
+    for start in range(0, base.size, TILE):
+        own, part = base[start : start + TILE], out[start : start + TILE]
+        for k in range(len(experts)):
+            expert = experts[k][start : start + TILE]
+            watch(expert, marks[0])
+            draw(position + start, keys[k], own.size, pairs, numbers)
+            dropped(own, expert, numbers, limits[k], factors[k], taus[k])
+        combine(taus, padded, options, scale, own, part, scratch)
+        account(part, own, marks, lanes, sums)
+    return tallied(marks, sums)
+
+
+@fused
+def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties):
+    """Put the entries of large variance in [start, stop) into taus; return the ties left after.
+
+    An entry is selected for all experts or for none; a cut of 0 with left < 0 selects all.
+    """
+    zero, size, own = taus.dtype.type(0), stop - start, base[start:stop]
+    for k in range(len(experts)):
+        expert, tau = experts[k][start:stop], taus[k]
+        for i in range(size):
+            tau[i] = load(expert, i) - load(own, i)
+    if cut == 0 and left < 0:
+        return left
+    mean, summed = scratch[0], scratch[1]
+    count = mean.dtype.type(len(experts))
+    for k in range(len(experts)):
+        tau = taus[k]
+        for i in range(size):
+            mean[i] = (mean[i] if k else zero) + tau[i]
+    for i in range(size):
+        mean[i] = mean[i] / count
+        summed[i] = zero
+    for k in range(len(experts)):
+        tau = taus[k]
+        for i in range(size):
+            summed[i] = summed[i] + (tau[i] - mean[i]) * (tau[i] - mean[i])
+    for i in range(size):
+        keys[i] = magnitude_key(summed[i] / count)
+    lower, after = bound(keys[:size], cut, left, ties)
+    if lower >= 0:
+        low = np.int32(lower)
+        for i in range(size):
+            hits[i] = keys[i] >= low
+    else:
+        after = left
+        for i in range(size):
+            tied = keys[i] == cut
+            hits[i] = keys[i] > cut or (tied and after > 0)
+            after -= 1 if tied and after > 0 else 0
+    for k in range(len(experts)):
+        tau = taus[k]
+        for i in range(size):
+            tau[i] = tau[i] if hits[i] else zero
+    return after
+
+
+@fused
+def energies(base, experts, cut, left, chunk, like, sums):
+    """Add the selected task vectors' squares to sums [n / chunk, K], float64."""
+    taus, scratch = np.empty((len(experts), TILE), like.dtype), np.empty((2, TILE), like.dtype)
+    keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
+    ties = np.empty(LANES, np.int32)
+    lanes = np.empty(LANES, np.float64)
+    for begin in range(0, base.size, chunk):
+        end = min(begin + chunk, base.size)
+        for start in range(begin, end, TILE):
+            stop = min(start + TILE, end)
+            left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
+            for k in range(len(experts)):
+                lanes[:] = 0
+                for first in range(0, stop - start, LANES):
+                    tau = taus[k, first : min(first + LANES, stop - start)]
+                    for i in range(tau.size):
+                        lanes[i] += np.float64(tau[i] * tau[i])
+                sums[begin // chunk, k] += lanes.sum()
+
+
+@fused
+def select_and_combine(base, experts, cut, left, coefficients, scale, out):
+    """Store the merge of what is selected and agrees in sign; return the tally."""
+    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
+    lanes = np.empty((2, LANES), coefficients.dtype)
+    padded = even(coefficients)
+    taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
+    keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
+    ties = np.empty(LANES, np.int32)
+    for start in range(0, base.size, TILE):
+        stop = min(start + TILE, base.size)
+        own, part = base[start:stop], out[start:stop]
+        for k in range(len(experts)):
+            watch(experts[k][start:stop], marks[0])
+        left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
+        combine(taus, padded, (True, False, False, 2, len(experts)), scale, own, part, scratch)
+        account(part, own, marks, lanes, sums)
+    return tallied(marks, sums)
