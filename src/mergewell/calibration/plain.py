@@ -31,7 +31,7 @@ def plain(value: object) -> Any:
         }
         return {_TAG: type(value).__name__, **held}
     if isinstance(value, Tensor):
-        values: Any = value.tolist()
+        values: Any = value.tolist()  # pyright: ignore[reportUnknownVariableType]
         return {_TAG: "tensor", "dtype": str(value.dtype), "values": values}
     if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
         return {_TAG: "torch", "name": str(value)}
