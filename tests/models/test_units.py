@@ -466,3 +466,40 @@ def test_mistakes_are_named() -> None:
         measure_m_loss([net], found, batches=[x], mode="mean", average=net, merged_layers=True)
     with pytest.raises(ModelError, match="runs the average model"):
         measure_m_loss([net], found, batches=[x], mode="mean", merged=net)
+
+
+class Clip(nn.Module):
+    """A block as CLIP's: torch's attention, or one written out in the block itself."""
+
+    def __init__(self, inline: bool) -> None:
+        super().__init__()
+        self.inline = inline
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU())
+        self.out = nn.Linear(16, 8)
+        self.attention = nn.Linear(8, 24) if inline else nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.inline:
+            q, k, v = self.attention(h).chunk(3, -1)
+            y = x + (q @ k.transpose(1, 2)).softmax(-1) @ v
+        else:
+            y = x + self.attention(h, h, h, need_weights=False)[0]
+        return y + self.out(self.mlp(y))
+
+
+def test_attentions_without_a_module_or_a_split_of_their_own() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8)
+    inline = trace(nn.Sequential(Clip(True), Clip(True)), x).units
+    assert not named(inline, "attention") and named(inline, "block") == ["0", "1"]
+    net = nn.Sequential(Clip(False), Clip(False)).eval()
+    experts = [moved(net, seed) for seed in (1, 2, 3)]
+    layer = measured(experts, net, x, "attention", mode="pretrained", base=net)
+    assert layer.layer == "1.attention" and layer.heads is None
+    with torch.no_grad():
+        h = net[1].norm(net[0](x))
+        models = [*experts, average(experts, SHARES)]
+        *outputs, merged = [m[1].attention(h, h, h)[0] for m in models]
+    wanted = node(mean(outputs), merged, (0, 1))
+    torch.testing.assert_close(layer.node, wanted, rtol=1e-3, atol=1e-15)

@@ -191,7 +191,10 @@ class _Finder:
 
     def _heads(self, core: Op, after: Op | None, name: str) -> tuple[int, str]:
         """Return the number of heads and the projection's module, if its input is the heads'."""
-        if after is None or not _within(after.module, [name]):
+        if after is None or after.module == name or not _within(after.module, [name]):
+            return 0, ""
+        owners = {self._graph.recorder.owners[s] for v in after.inputs for s in v.states}
+        if after.module not in owners:  # then the module's input need not be the heads' values
             return 0, ""
         called = self._graph.recorder.calls.get(after.module, [])
         operand = after.inputs[-2] if after.name in MATRIX_PRODUCTS else after.inputs[0]

@@ -123,7 +123,7 @@ class MLoss(Statistic[ActivationBatch]):
 
             block = made(torch.float32) if plenty else None
             if block is None or not block.is_trusted():
-                block = made(torch.float64)
+                block, plenty = made(torch.float64), False  # the next blocks are alike
             sums.add(block, sample_of[picked], columns)
             if table is not None and index % SPARSE == 0:
                 table.add(block.basis(), columns)
