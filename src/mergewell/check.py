@@ -9,8 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mergewell.blocks import explain_not_finite
-from mergewell.calibration.collect import OnStep, calibrate, require_same
+from mergewell.calibration.collect import OnStep, calibrate
 from mergewell.calibration.data import Data
+from mergewell.calibration.models import require_same
 from mergewell.calibration.result import Calibration
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict

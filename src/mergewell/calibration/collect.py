@@ -5,9 +5,7 @@ Shapes: K experts; P = K + 2 models; N samples, T tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
@@ -15,31 +13,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from mergewell.calibration.data import Data, Memory, digest, fingerprint
-from mergewell.calibration.result import FAMILIES, Calibration, Head, Model
+from mergewell.calibration.data import Data, Memory, fingerprint, first_samples, kept
+from mergewell.calibration.models import (
+    BASE,
+    MEAN,
+    MERGED,
+    described,
+    expert_names,
+    simplex,
+    skeletons,
+)
+from mergewell.calibration.result import FAMILIES, Calibration, Head
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import DataError, RecipeError
-from mergewell.models.capture import Averages, observing
 from mergewell.models.dataflow import Batch, parts, tensors
+from mergewell.models.observe import Averages, observing
 from mergewell.models.own_path import OwnPaths
-from mergewell.models.skeleton import Read, Skeleton, without_weights
 from mergewell.models.spill import Spill
 from mergewell.models.trace import Trace, trace
 from mergewell.models.units import Unit, checked_kinds
 from mergewell.models.walk import Step, Walk
 from mergewell.plan import Plan
-from mergewell.run import merge_tensors
 from mergewell.statistics.activation import BlockOutputs
 from mergewell.statistics.activation_drift import Sides
 from mergewell.statistics.activation_features import SampleFeatures
 from mergewell.statistics.activation_gram import LayerInputs
 from mergewell.statistics.base import State
+from mergewell.statistics.m_loss import ActivationBatch, MLoss, identity
 from mergewell.storage.base import Checkpoint
 
 OnStep = Callable[[str, int, int], None]
 """Called with the step's name, what is done of it and what there is to do."""
-
-BASE, MERGED, MEAN = "base", "merged", "mean"
 
 WIDEST = 1 << 14
 """Numbers a sample up to which a model's output is kept whole: features, or logits of classes."""
@@ -101,8 +105,8 @@ class _Collector:
     def __init__(self, plan: Plan, base: Checkpoint, data: Data) -> None:
         self._plan, self._base, self._data = plan, base, data
         self._shares = simplex([expert.coefficient for expert in plan.recipe.experts])
-        self._experts = [f"expert {number}" for number in range(1, len(plan.experts) + 1)]
-        self.skeletons = self._built()
+        self._experts = expert_names(plan)
+        self.skeletons = skeletons(plan, base, data)
         self._compared = [BASE, *self._experts, MERGED]
         with self.skeletons[BASE].filled() as module:
             self._trace: Trace = trace(module, first_samples(data.batches))
@@ -133,7 +137,11 @@ class _Collector:
         """Leave out units that no piece holds whole, with the reason."""
         self._has_blocks = any(piece.is_block for piece in walk.pieces)
         names = [name for piece in walk.pieces for name in piece.modules]
-        reached = [u for u in self._units if any(_within(u.module, name) for name in names)]
+        reached = [
+            unit
+            for unit in self._units
+            if unit.kind == "output" or any(_within(unit.module, name) for name in names)
+        ]
         for unit in self._units:
             if unit not in reached:
                 self._uncovered[unit.name] = "holds several blocks, which are run one by one"
@@ -143,7 +151,7 @@ class _Collector:
     @contextmanager
     def around(self, model: str, module: str, batch: Batch) -> Generator[None]:
         """Observe what a model does while one of its modules is called."""
-        units = [unit for unit in self._units if _within(unit.module, module)]
+        units = self._units_in(module)
         with ExitStack() as stack:
             if self._data.mode == "own":
                 if model in (*self._experts, MERGED):
@@ -164,8 +172,7 @@ class _Collector:
                 self._see_block("(output)", 1, outputs, number, -1)
             return
         if self._data.mode == "own":
-            units = [unit for unit in self._units if _within(unit.module, step.module)]
-            self._own.compare(units, step.batch)
+            self._own.compare(self._units_in(step.module), step.batch)
         if step.is_block:
             node_dim = _node_dim(self.skeletons[BASE].module.get_submodule(step.module), outputs[0])
             self._see_block(step.module, step.visit, outputs, number, node_dim)
@@ -179,7 +186,7 @@ class _Collector:
             batches=len(self._data.batches),
             mode=self._data.mode,
             coefficients=tuple(self._shares),
-            models=self._models(),
+            models=described(self._plan, self._base),
             units=tuple(unit for unit in self._units if f"m_loss/{unit.name}" in m_loss),
             blocks=tuple(self._blocks),
             uncovered=self._uncovered,
@@ -187,17 +194,9 @@ class _Collector:
         seen = sum(self._sizes[number] for number in done)
         return Calibration(head, done, seen, {**m_loss, **self._states})
 
-    def _built(self) -> dict[str, Skeleton]:
-        base, experts, merged = self._base, self._plan.experts, self._plan
-        prototype = without_weights(self._data.factory)
-        made = {BASE: Skeleton(prototype, base.specs, _reading(base))}
-        for name, expert in zip(self._experts, experts, strict=True):
-            made[name] = Skeleton(prototype, expert.specs, _reading(expert))
-        specs = {task.name: task.spec for task in merged.tasks.values()}
-        made[MERGED] = Skeleton(prototype, specs, lambda n: merge_tensors(merged, n))
-        if self._data.mode == "mean":
-            made[MEAN] = Skeleton(prototype, base.specs, _averaging(experts))
-        return made
+    def _units_in(self, module: str) -> list[Unit]:
+        """Return the units whose modules a module holds; the whole model's output is seen apart."""
+        return [u for u in self._units if u.kind != "output" and _within(u.module, module)]
 
     def _observing(
         self, module: str, units: Sequence[Unit], batch: Batch
@@ -238,6 +237,14 @@ class _Collector:
     def _see_end(self, outputs: Sequence[Any], number: int) -> None:
         first = [_first(output) for output in outputs]
         self._add("output/", Sides(first, self._shares))
+        for unit in (unit for unit in self._units if unit.kind == "output"):
+            _, *experts, merged = first
+            keep = kept(self._data.batches[number], merged) if unit.node_dim == -1 else None
+            observed = ActivationBatch(
+                experts, self._shares, identity, unit.node_dim, merged=merged, keep=keep
+            )
+            state = self._m_loss[unit.name]
+            self._m_loss[unit.name] = MLoss(moments=False).update(state, observed)
         if first[0].ndim == 2 and first[0].shape[1] <= WIDEST:
             self._add("outputs/", SampleFeatures(torch.stack(first), self._starts[number]))
 
@@ -266,98 +273,6 @@ class _Collector:
     def _add(self, key: str, batch: Any) -> None:
         statistic = FAMILIES[key.partition("/")[0]]
         self._states[key] = statistic.update(self._states.get(key, statistic.start()), batch)
-
-    def _models(self) -> tuple[Model, ...]:
-        checkpoints = [self._base, *self._plan.experts]
-        models = [
-            Model(name, str(checkpoint.path), digest(checkpoint))
-            for name, checkpoint in zip([BASE, *self._experts], checkpoints, strict=True)
-        ]
-        return (*models, Model(MERGED, "", merge_digest(self._plan)))
-
-
-def require_same(plan: Plan, calibration: Calibration) -> None:
-    """Require that a calibration is of the models and the merge of a plan.
-
-    Raises:
-        DataError: it is of others.
-    """
-    base = plan.base if plan.base is not None else plan.reference
-    found = [digest(checkpoint) for checkpoint in (base, *plan.experts)]
-    known = [model.digest for model in calibration.head.models]
-    paths = [str(checkpoint.path) for checkpoint in (base, *plan.experts)]
-    if len(known) != len(found) + 1:
-        raise DataError(
-            f"The calibration is of {len(known) - 2} experts and {len(plan.experts)} are named; "
-            "name those that it was made with."
-        )
-    for path, model, own in zip(paths, calibration.head.models, found, strict=False):
-        if model.digest != own:
-            raise DataError(
-                f"{path} is not the {model.name} that the calibration was made with "
-                f"({model.path}); name that one or calibrate again."
-            )
-    if known[-1] != merge_digest(plan):
-        raise DataError(
-            "The calibration was made with another method, other settings or coefficients than "
-            "are named; name the same or calibrate again."
-        )
-
-
-def merge_digest(plan: Plan) -> str:
-    """Return a hash of what a plan does, whatever its models are and wherever they lie."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"base", "notes", "shard_bytes"})
-    recipe["method"] = {"name": plan.recipe.method.name}
-    recipe["method"] |= plan.recipe.method.build().parameters()
-    for expert in recipe["experts"]:
-        del expert["path"]
-    text = json.dumps(recipe, sort_keys=True)
-    return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
-
-
-def simplex(coefficients: Sequence[float]) -> list[float]:
-    """Return the coefficients divided by their sum; equal ones where they cannot be."""
-    if min(coefficients) < 0 or sum(coefficients) <= 0:
-        return [1 / len(coefficients)] * len(coefficients)
-    return [coefficient / sum(coefficients) for coefficient in coefficients]
-
-
-def first_samples(batches: Sequence[Batch], count: int = 2) -> Batch:
-    """Return the first samples of the first batch, enough to trace a module."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return first[:count]
-    return {name: tensor[:count] for name, tensor in first.items()}
-
-
-def kept(batch: Batch, hidden: Tensor) -> Tensor | None:
-    """Return which tokens of [N, T, D] are no padding, [N, T], if the batch says so."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or hidden.shape[:-1] != mask.shape:
-        return None
-    return mask.to(torch.bool)
-
-
-def _reading(checkpoint: Checkpoint) -> Read:
-    def read(names: tuple[str, ...]) -> Iterable[tuple[str, Tensor]]:
-        return ((name, checkpoint[name]) for name in names)
-
-    return read
-
-
-def _averaging(experts: Sequence[Checkpoint]) -> Read:
-    def read(names: tuple[str, ...]) -> Iterable[tuple[str, Tensor]]:
-        for name in names:
-            first = experts[0][name]
-            if not first.is_floating_point():
-                yield name, first
-                continue
-            total = first.to(torch.float64)
-            for expert in experts[1:]:
-                total = total + expert[name].to(torch.float64)
-            yield name, total / len(experts)
-
-    return read
 
 
 def _within(module: str, whole: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,7 @@ from mergewell.models.capture import Mode
 from mergewell.models.dataflow import Batch
 from mergewell.models.units import CHEAP, Kind
 from mergewell.models.walk import AROUND
-from mergewell.storage.base import Checkpoint
 from mergewell.storage.manifest import Hasher, new_hasher
-
-_ENDS = 64
-"""Elements at either end of a tensor that its digest looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +59,34 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     for batch in batches:
         named = {"": batch} if isinstance(batch, Tensor) else dict(batch)
         for name in sorted(named):
-            _describe(hasher, name, named[name].dtype, tuple(named[name].shape))
-            _add(hasher, named[name])
+            describe(hasher, name, named[name].dtype, tuple(named[name].shape))
+            add(hasher, named[name])
     return f"xxh3-128:{hasher.hexdigest()}"
 
 
-def digest(checkpoint: Checkpoint) -> str:
-    """Return a hash of all tensors' names, dtypes and shapes, and of the values at their ends.
-
-    Not of all values: a calibration must not read a model twice. Fine-tuning changes the ends as
-    well as the rest; two copies of one model on two machines have one digest.
-    """
-    hasher = new_hasher("xxh3-128")
-    for name in sorted(checkpoint.specs):
-        spec = checkpoint.specs[name]
-        _describe(hasher, name, spec.dtype, spec.shape)
-        for start in {0, max(0, spec.numel - _ENDS)}:
-            _add(hasher, checkpoint.read(name, start, min(spec.numel, start + _ENDS)))
-    return f"xxh3-128:{hasher.hexdigest()}"
+def first_samples(batches: Sequence[Batch], count: int = 2) -> Batch:
+    """Return the first samples of the first batch, enough to trace a module."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return first[:count]
+    return {name: tensor[:count] for name, tensor in first.items()}
 
 
-def _describe(hasher: Hasher, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def kept(batch: Batch, hidden: Tensor) -> Tensor | None:
+    """Return which tokens of [N, T, D] are no padding, [N, T], if the batch says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or hidden.shape[:-1] != mask.shape:
+        return None
+    return mask.to(torch.bool)
+
+
+def describe(hasher: Hasher, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Add what a header says of a tensor to a hash."""
     hasher.update(f"{name}\0{dtype}\0{list(shape)}\0".encode())
 
 
-def _add(hasher: Hasher, tensor: Tensor) -> None:
+def add(hasher: Hasher, tensor: Tensor) -> None:
+    """Add a tensor's values to a hash."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
         hasher.update(flat.view(torch.uint8).numpy())
