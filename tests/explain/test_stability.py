@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from mergewell.explain.stability import calibration_error, measure_stability, scaled, shaken
+from mergewell.explain.stability import (
+    Stability,
+    calibration_error,
+    measure_stability,
+    scaled,
+    shaken,
+)
 from mergewell.labelled import LabelledInputs
 
 
@@ -80,14 +86,18 @@ def test_re_estimated_batch_norms_are_invariant_and_stored_ones_are_not(
 def test_the_curves_cover_every_architecture(
     experts: dict[str, nn.Module], data: LabelledInputs
 ) -> None:
-    found = measure_stability(list(experts.values()), data, noises=(0.01, 0.5))
+    def measured(seed: int = 0) -> Stability:
+        models = list(experts.values())
+        return measure_stability(models, data, factors=(1.0, 10.0), noises=(0.01, 0.5), seed=seed)
+
+    found = measured()
     unchanged = [p for p in found.points if p.curve == "magnitude" and p.amount == 1.0]
     assert unchanged
     assert all(p.agreement == 1.0 and p.logit_scale == pytest.approx(1.0) for p in unchanged)
     quiet, loud = found.curve("noise", "soup", batch_norm=unchanged[0].batch_norm)
     assert quiet.agreement > loud.agreement
-    assert found == measure_stability(list(experts.values()), data, noises=(0.01, 0.5))
-    assert found != measure_stability(list(experts.values()), data, noises=(0.01, 0.5), seed=1)
+    assert found == measured()
+    assert found != measured(seed=1)
     json.dumps(found.as_data(), allow_nan=False)
 
 
