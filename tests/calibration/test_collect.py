@@ -245,3 +245,35 @@ def test_an_ordinary_net_without_blocks_is_one_block(tmp_path: Path) -> None:
     assert found.head.blocks == ("(output)",) and found.outputs is not None
     assert torch.equal(found.features["(output)"], found.outputs)
     assert [layer.layer for layer in found.m_loss] == ["0"]
+
+
+class Late(nn.Module):
+    """Two convolutions; the BatchNorm of the first one's output stands in the second block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(_Early(3) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x).mean((2, 3))
+
+
+class _Early(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(self.norm(x)))
+
+
+def test_a_batch_norm_in_the_next_block_is_read_with_its_layer(tmp_path: Path) -> None:
+    def late() -> nn.Module:
+        return Late().eval()
+
+    used = Data(late, (images(4), images(4)), 8)
+    plan = planned(tmp_path, late)
+    inside, outside = calibrate(plan, used), calibrate(plan, used, memory=OUTSIDE)
+    assert [unit.batch_norm for unit in outside.head.units] == ["blocks.1.norm", "blocks.2.norm"]
+    assert all(layer.relative > 0 for layer in outside.m_loss)
+    states_are_close(inside, outside)

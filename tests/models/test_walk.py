@@ -91,6 +91,39 @@ def test_a_block_called_twice_and_weights_used_outside_their_module(tmp_path: Pa
             assert torch.equal(outputs["a"], plain(batches[step.index]))
 
 
+class Lending(nn.Module):
+    """Its second block uses the first one's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.blocks[1].forward = lambda x: x @ self.blocks[0][0].weight
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        copied = Lending()
+        for name, part in copied.named_modules():
+            for key, value in self.get_submodule(name).named_parameters(recurse=False):
+                setattr(part, key, nn.Parameter(value.detach().clone()))
+        return copied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_a_block_may_use_the_weight_of_another(tmp_path: Path) -> None:
+    state = randomised(Lending(), 1, 0.5)
+    plain, x = Lending(), torch.randn(3, 4)
+    plain.load_state_dict(state)
+    models = {"a": skeleton(Lending, state)}
+    own = models["a"].module.blocks[1].forward
+    with Spill(0, tmp_path) as spill:
+        steps = list(Walk(models, [x, 2 * x], spill=spill, keep_below=0).steps())
+    for step in steps:
+        if step.module is None:
+            assert torch.equal(step.outputs["a"], plain((1 + step.index) * x))
+    assert models["a"].module.blocks[1].forward is own  # what stood there stands there again
+
+
 class Failing(nn.Module):
     def __init__(self, where: str) -> None:
         super().__init__()
