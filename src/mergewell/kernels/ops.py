@@ -11,6 +11,8 @@ Shapes: K experts, n elements.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -155,7 +157,7 @@ def tallied(marks, sums):
 
 
 @fused
-def average(experts, coefficients, total, normalize, reference, out):
+def average(experts, coefficients, total, normalize, reference, out) -> Any:
     """Store sum_k c_k x_k, divided by `total` if asked; return the tally.
 
     What is not finite in an input is not finite in the result, so only that is looked at.
@@ -183,7 +185,7 @@ def average(experts, coefficients, total, normalize, reference, out):
 
 
 @fused
-def task_arithmetic(base, experts, coefficients, divisor, scale, out):
+def task_arithmetic(base, experts, coefficients, divisor, scale, out) -> Any:
     """Store base + scale * sum_k c_k (x_k - base) / divisor; a divisor of 1 changes nothing.
 
     Returns the tally; what is not finite in an input is not finite in the result.
@@ -213,7 +215,7 @@ def task_arithmetic(base, experts, coefficients, divisor, scale, out):
 
 
 @fused
-def line(first, second, shares, reference, out):
+def line(first, second, shares, reference, out) -> Any:
     """Store s_1 x_1 + s_2 x_2; return the tally."""
     left, right = shares[0], shares[1]
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)

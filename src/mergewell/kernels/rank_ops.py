@@ -7,67 +7,47 @@ Shapes: K experts, n elements of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mergewell.kernels.ops import LANES, account, fused, load, magnitude_key, tallied, watch
 from mergewell.kernels.sparse_ops import TILE, combine, draw, even
 
-_BINADES = 8
-"""Powers of two below the largest magnitude that are told apart in buckets."""
-
-_CROWD = 48
-"""Entries of a bucket from which on it is sorted and not just put in order."""
-
 
 @fused
-def ranks(keys, starts, buckets, order, ranked):
+def ranks(keys, counts, order, other, ranked):
     """Put the place of each key among the n, from 0 for the smallest, into ranked; ties in order.
 
-    Keys are spread over buckets finer than their number where they are dense, then put in order.
-    starts: int32, the buckets; buckets, order, ranked: int32 [n].
+    A radix sort of positions, digit by digit from the lowest; digits that all keys share are
+    passed over. counts: int32, a power of two of them; order, other, ranked: int32 [n].
     """
-    size, highest = keys.size, 0
+    size, differ = keys.size, np.int32(0)
     for i in range(size):
-        highest = max(highest, keys[i])
-    fine = 0
-    while (2 * _BINADES << fine) < starts.size:
-        fine += 1
-    shift = 23 - fine
-    floor = (highest >> shift) - starts.size + 2
-    starts[:] = 0
-    lowest = np.int32(max(floor, 0))
-    for i in range(size):
-        buckets[i] = max(np.int32(keys[i] >> shift) - lowest, 0) + 1
-    for i in range(size):
-        starts[buckets[i]] += 1
-    total = 0
-    crowded = False
-    for i in range(starts.size):
-        crowded |= starts[i] > _CROWD
-        total += starts[i]
-        starts[i] = total
-    # starts[b + 1] is the end of bucket b; starts[b] its begin, which moves on as it fills
-    for i in range(size):
-        place = starts[buckets[i] - 1]
-        order[place] = i
-        starts[buckets[i] - 1] = place + 1
-    if crowded:
-        begin = 0
-        while begin < size:
-            end = begin + 1
-            bucket = buckets[order[begin]]
-            while end < size and buckets[order[end]] == bucket:
-                end += 1
-            if end - begin > _CROWD:
-                held = order[begin:end].copy()
-                order[begin:end] = held[np.argsort(keys[held], kind="mergesort")]
-            begin = end
-    for i in range(1, size):
-        entry, place = order[i], i
-        while place > 0 and keys[order[place - 1]] > keys[entry]:
-            order[place] = order[place - 1]
-            place -= 1
-        order[place] = entry
+        differ |= keys[i] ^ keys[0]
+        order[i] = i
+    bits = 0
+    while (1 << bits) < counts.size:
+        bits += 1
+    mask = np.int32(counts.size - 1)
+    for shift in range(0, 31, bits):
+        if (differ >> shift) & mask == 0:
+            continue
+        counts[:] = 0
+        for i in range(size):
+            counts[(keys[i] >> shift) & mask] += 1
+        total = np.int32(0)
+        for digit in range(counts.size):
+            held = counts[digit]
+            counts[digit] = total
+            total += held
+        for i in range(size):
+            entry = order[i]
+            digit = (keys[entry] >> shift) & mask
+            other[counts[digit]] = entry
+            counts[digit] += 1
+        for i in range(size):
+            order[i] = other[i]
     for i in range(size):
         ranked[order[i]] = i
 
@@ -75,7 +55,7 @@ def ranks(keys, starts, buckets, order, ranked):
 @fused
 def drop_by_rank_and_combine(
     base, experts, row, position, random_keys, bounds, rescale, coefficients, options, scale, out
-):
+) -> Any:
     """Store the merge of task vectors thinned row by row; return the tally.
 
     row: elements of a row; position: of the first element in the whole tensor; bounds: [K, 2], the
@@ -87,16 +67,16 @@ def drop_by_rank_and_combine(
         np.empty((3, TILE), coefficients.dtype),
     )
     padded = even(coefficients)
-    zero, half = padded.dtype.type(0), padded.dtype.type(0.5)
+    zero, half = np.float32(0), np.float32(0.5)
     thinned = np.zeros((len(padded), row), padded.dtype)
     taus = np.zeros((len(padded), TILE), padded.dtype)
-    width = 2 * _BINADES
-    while width < 4 * row and width < 1 << 15:
-        width *= 2
-    keys, buckets, order = np.empty((3, row), np.int32)
+    keys, other, order = np.empty((3, row), np.int32)
     ranked, numbers = np.empty((2, row), np.int32)
-    starts, pairs = np.empty(width + 2, np.int32), np.empty(row // 2 + 1, np.int64)
-    share, last = np.empty(row, padded.dtype), padded.dtype.type(max(row - 1, 1))
+    counts, pairs = (
+        np.empty(1 << (11 if row > 2048 else 8), np.int32),
+        np.empty(row // 2 + 1, np.int64),
+    )
+    share, last = np.empty(row, padded.dtype), np.float32(max(row - 1, 1))
     for begin in range(0, base.size, row):
         own = base[begin : begin + row]
         for k in range(len(experts)):
@@ -109,13 +89,13 @@ def drop_by_rank_and_combine(
                 continue
             for i in range(row):
                 keys[i] = magnitude_key(load(expert, i) - load(own, i))
-            ranks(keys, starts, buckets, order, ranked)
+            ranks(keys, counts, order, other, ranked)
             draw(position + begin, random_keys[k], row, pairs, numbers)
             for i in range(row):
-                part = padded.dtype.type(ranked[i]) / last if row > 1 else half
+                part = np.float32(ranked[i]) / last if row > 1 else half
                 share[i] = low + part * range_
             for i in range(row):
-                number = padded.dtype.type(numbers[i]) / padded.dtype.type(1 << 24)
+                number = np.float32(numbers[i]) / np.float32(1 << 24)
                 kept = (load(expert, i) - load(own, i)) if number < share[i] else zero
                 tau[i] = kept / share[i] if rescale else kept
         for start in range(0, row, TILE):

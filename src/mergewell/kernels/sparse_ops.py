@@ -7,6 +7,8 @@ They round as the torch forms do; see `ops`. Shapes: K experts, n elements of a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mergewell.kernels.ops import (
@@ -153,7 +155,7 @@ def even(coefficients):
 
 
 @fused
-def trim_and_combine(base, experts, cuts, left, coefficients, options, scale, out):
+def trim_and_combine(base, experts, cuts, left, coefficients, options, scale, out) -> Any:
     """Store the merge of trimmed task vectors; return the tally.
 
     cuts, left: [K, 2], see `trimmed`; left is used up. options: those of `combine`.
@@ -200,7 +202,7 @@ def dropped(base, expert, numbers, limit, factor, out):
 @fused
 def drop_and_combine(
     base, experts, position, keys, limits, factors, coefficients, options, scale, out
-):
+) -> Any:
     """Store the merge of randomly thinned task vectors; return the tally.
 
     position: of the first element in the whole tensor; keys, limits (of 2^24), factors: [K].
@@ -290,7 +292,7 @@ def energies(base, experts, cut, left, chunk, like, sums):
 
 
 @fused
-def select_and_combine(base, experts, cut, left, coefficients, scale, out):
+def select_and_combine(base, experts, cut, left, coefficients, scale, out) -> Any:
     """Store the merge of what is selected and agrees in sign; return the tally."""
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
     lanes = np.empty((2, LANES), coefficients.dtype)

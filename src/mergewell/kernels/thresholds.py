@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -181,7 +182,7 @@ class OrderProgram(Program):
         positive = torch.from_numpy((keys > 0).sum(1)) * numel // size
         ranks = self.statistic.ranks(0, torch.full((len(keys),), numel), positive)
         rows: list[_Row] = []
-        for score, asked in enumerate(ranks.tolist()):
+        for score, asked in enumerate(cast("list[list[int]]", ranks.tolist())):
             for rank in asked:
                 if rank == 0:
                     rows.append(_Row(score, 0, key=_NOBODY))
@@ -230,7 +231,7 @@ class OrderProgram(Program):
     def _rank(self, rows: list[_Row], numel: int, positive: Tensor) -> None:
         """Set the ranks that depend on how many scores are positive, now that this is known."""
         ranks = self.statistic.ranks(0, torch.full((len(positive),), numel), positive).flatten()
-        for row, rank in zip(rows, ranks.tolist(), strict=True):
+        for row, rank in zip(rows, cast("list[int]", ranks.tolist()), strict=True):
             row.rank = rank
 
     def _tied_at_guess(self, summed: State, owner: str) -> Tensor:
@@ -271,7 +272,7 @@ def _narrow(row: _Row, above: int, tied: int, counts: Tensor) -> None:
                 row.key, row.left, row.equal = guess, row.rank - (above - tied), tied
                 row.ties_known = 1
                 return
-        found, offsets, squares = (part.tolist() for part in counts[half])
+        found, offsets, squares = cast("list[list[int]]", counts[half].tolist())
         for bucket in range(BUCKETS - 1, -1, -1):
             if not found[bucket]:
                 continue
@@ -309,4 +310,4 @@ def _packed(rows: list[_Row]) -> Tensor:
 
 
 def _rows(done: Mapping[str, Tensor], owner: str) -> list[_Row]:
-    return [_Row(*(int(x) for x in row)) for row in done[f"{owner}:rows"].tolist()]
+    return [_Row(*row) for row in cast("list[list[int]]", done[f"{owner}:rows"].tolist())]
