@@ -10,6 +10,7 @@ from architectures import ARCHITECTURES, cnn, images, randomised, skeleton
 from torch import nn
 
 from mergewell.errors import ModelError
+from mergewell.models import walk as walking
 from mergewell.models.dataflow import call, evaluating, tensors
 from mergewell.models.spill import Spill
 from mergewell.models.walk import Walk
@@ -60,6 +61,20 @@ def test_each_weight_is_read_once_however_many_batches(tmp_path: Path) -> None:
     walked({"a": bones}, [images(2) for _ in range(4)], tmp_path, keep_below=0)
     assert sorted(read) == sorted(n for n in state if "num_batches" not in n or n in read)
     assert len(read) == len(set(read))
+
+
+def test_many_batches_walk_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walking, "LANES", 4)
+    state = randomised(cnn(), 1, 0.1)
+    models, batches = {k: skeleton(cnn, state) for k in "ab"}, [images(1) for _ in range(5)]
+    alive: list[int] = []
+    before = threading.active_count()
+    with Spill(0, tmp_path) as spill:
+        for step in Walk(models, batches, spill=spill, keep_below=0).steps():
+            alive.append(threading.active_count() - before)
+            if step.module is None:
+                assert torch.equal(step.outputs["a"], step.outputs["b"])
+    assert max(alive) == 4 and len(alive) == 5 * 7
 
 
 class Twice(nn.Module):

@@ -29,6 +29,9 @@ from mergewell.models.spill import Spill
 AROUND = 2 << 30
 """Bytes of weights, of all models together, up to which they are read once and kept."""
 
+LANES = 1024
+"""Forward passes that wait at a time, each in a thread; more batches walk in several groups."""
+
 
 class Call(NamedTuple):
     """A forward pass wants a module to be called."""
@@ -137,14 +140,20 @@ class Walk:
                 stack.enter_context(_stops(skeleton.module, self._piece_of))
             if self._keeps:
                 self._load(("",))
-            for index, batch in enumerate(self._batches):
-                lanes[index] = {}
-                for name, skeleton in self._models.items():
-                    lane = _Lane(Coroutine(_forward(skeleton, batch)))
-                    lanes[index][name] = lane
-                    self._go_on(name, lane, None)
-            while lanes:
-                yield from self._round(lanes)
+            together = max(1, LANES // len(self._models))
+            for first in range(0, len(self._batches), together):
+                for index in range(first, min(first + together, len(self._batches))):
+                    self._begin(lanes, index)
+                while lanes:
+                    yield from self._round(lanes)
+
+    def _begin(self, lanes: dict[int, dict[str, _Lane]], index: int) -> None:
+        """Let every model's forward pass of a batch run to its first stop."""
+        lanes[index] = {}
+        for name, skeleton in self._models.items():
+            lane = _Lane(Coroutine(_forward(skeleton, self._batches[index])))
+            lanes[index][name] = lane
+            self._go_on(name, lane, None)
 
     def _round(self, lanes: dict[int, dict[str, _Lane]]) -> Generator[Step]:
         """Carry out the call that the first batch waits for, for every batch that waits there."""
