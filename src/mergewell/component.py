@@ -72,6 +72,7 @@ class Family(Generic[C]):
         self.package = package
         self.kind = kind
         self.word = word
+        self._known: frozenset[str] = frozenset()
 
     def names(self) -> tuple[str, ...]:
         """Return all names, sorted, without importing a single member."""
@@ -85,7 +86,9 @@ class Family(Generic[C]):
         Raises:
             RecipeError: no file of that name exists; the message suggests the nearest.
         """
-        if name not in self.names():
+        if name not in self._known:  # looking through the folder for every tensor would take time
+            self._known = frozenset(self.names())
+        if name not in self._known:
             raise RecipeError(
                 f"There is no {self.word} {name!r}: {did_you_mean(name, self.names())}"
             )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergewell.methods import ops
+from mergewell.statistics.base import WeightStatistic
 from mergewell.statistics.magnitude import MagnitudeThreshold, magnitude_key
 from mergewell.tensor_group import CHUNK, TensorGroup
 
@@ -81,3 +82,19 @@ def test_small_tensors_keep_at_least_one(dtype: torch.dtype) -> None:
     tau = torch.tensor([0.1, -0.3, 0.2], dtype=dtype)
     mask = ops.largest(tensors([tau]), 0, MagnitudeThreshold(density=0.2))
     assert mask.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("outliers", [None, 0.0, 0.3])
+def test_sorting_a_small_tensor_gives_what_the_histograms_give(
+    density: float, outliers: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(777, generator=generator)
+    steps = (torch.randn(2, 777, generator=generator) * 4).round() / 4
+    group = TensorGroup("w", tuple(base + s for s in steps), torch.ones(2), base)
+    statistic = MagnitudeThreshold(density=density, outliers=outliers)
+    sorted_ = statistic.measure([group])["w"]
+    counted = WeightStatistic.measure(statistic, [group])["w"]
+    assert sorted_.keys() == counted.keys()
+    assert all(torch.equal(sorted_[key], counted[key]) for key in counted)

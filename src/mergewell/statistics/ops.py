@@ -7,7 +7,7 @@ Shapes: S scores (such as one an expert), R ranks asked of each, C chunks of a t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,12 @@ from mergewell.statistics.base import State, WeightStatistic
 from mergewell.tensor_group import CHUNK, TensorGroup, Value
 
 _FINE = 1 << 16
+
+_SMALL = 1 << 15
+"""Elements up to which a sort is faster than histograms; all in one chunk."""
+
+_NOBODY = 0x7FFFFFFF
+"""The key of rank 0: no number reaches it."""
 
 
 def sort_key(tensor: Tensor) -> Tensor:
@@ -193,6 +199,41 @@ class OrderStatistic(WeightStatistic):
                     before = before + done[key].sum(1, keepdim=True)
             value |= {"ties_before": before, "ties_kept": done[f"{owner}:left"].flatten()}
         return value
+
+    def measure(self, groups: Iterable[TensorGroup]) -> dict[str, Value]:
+        """Return the values of whole tensors held in memory, by name; small ones are sorted."""
+        held = list(groups)
+        if self.scope == "model" or self.stages > 1:
+            return super().measure(held)
+        values: dict[str, Value] = {}
+        for group in held:
+            name, numel = group.name, group.whole_numel
+            if not 0 < numel <= _SMALL:
+                values |= super().measure([group])
+                continue
+            done: State = {}
+            if self.wanted(done, name, 0):
+                done = self._sorted(group)
+            for index in range(3, self.passes):
+                done = self.advance(done, self.update(done, group, index), index)
+            values[name] = self.value(done, name, numel)
+        return values
+
+    def _sorted(self, group: TensorGroup) -> State:
+        """Return the state that the first three passes over a small tensor would leave."""
+        keys = torch.stack([sort_key(s).flatten() for s in self.scores(group, 0, {})])
+        count = torch.full((len(keys),), keys.shape[1])
+        ranks = self.ranks(0, count, (keys > 0).sum(1))
+        descending = keys.sort(dim=1, descending=True).values
+        found = descending.gather(1, (ranks - 1).clamp(min=0))
+        found = torch.where(ranks == 0, _NOBODY, found)
+        left = ranks - (keys[:, None] > found[..., None]).sum(-1)
+        tied = (keys[:, None] == found[..., None]).sum(-1)
+        owner, cut = f"{group.name}:0", (tied > left).any()
+        done = {f"{owner}:key": found.to(torch.int32), f"{owner}:left": left}
+        if self.cuts_ties and bool(cut):
+            done[f"{group.name}:ties"] = tied.reshape(-1, 1)
+        return done
 
     def _owner(self, name: str) -> str:
         return name if self.scope == "tensor" else ""
