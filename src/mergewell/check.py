@@ -15,6 +15,7 @@ from mergewell.calibration.models import require_same
 from mergewell.calibration.result import Calibration
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
+from mergewell.diagnostics.ops import measure_matrices
 from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
@@ -24,9 +25,13 @@ from mergewell.report.results import LayerMLoss as LayerRow
 from mergewell.run import Values, measure_weights
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.sign_conflict import SignConflict
+from mergewell.statistics.sums import Sums
+from mergewell.statistics.top_conflict import TopConflict
 
 _PRODUCTS = InnerProducts(of="base_and_task_vectors")
 _CONFLICT = SignConflict()
+_SUMS = Sums()
+_TOP = TopConflict()
 
 
 def check(
@@ -35,9 +40,12 @@ def check(
     *,
     data: Data | None = None,
     calibration: Calibration | None = None,
+    deep: bool = False,
     on_step: OnStep | None = None,
 ) -> Check:
     """Return whether the experts of a plan will merge; `names` are their short names.
+
+    What takes long on large models (matrices decomposed, entries ranked) is done if `deep`.
 
     The plan's recipe says what "merged" means where M-Loss runs the merged model. What running the
     models shows is taken from `calibration`, if given, and else gathered on `data`, if given.
@@ -51,7 +59,7 @@ def check(
         raise RecipeError("A check compares experts with their base; name it with --base.")
     if calibration is not None:
         require_same(plan, calibration)
-    values = _weights(plan, on_step)
+    values = _weights(plan, on_step, deep=deep)
     if calibration is None and data is not None:
         calibration = calibrate(plan, data, on_step=on_step)
     layers = calibration.m_loss if calibration is not None else ()
@@ -61,11 +69,15 @@ def check(
         products={name: value[_PRODUCTS]["products"] for name, value in values.items()},
         conflict_mass={name: value[_CONFLICT]["mass"] for name, value in values.items()},
         conflict_pairs={name: value[_CONFLICT]["pairs"] for name, value in values.items()},
+        sums={name: value[_SUMS]["sums"] for name, value in values.items()},
+        sizes={name: plan.tasks[name].spec.numel for name in values},
         layers=layers,
+        **(_matrices(plan, values, on_step) if deep else {}),
         **_activations(calibration),
     )
     asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
     answers = [(one, one.measure(evidence)) for one in asked]
+    objections = {one.component_name(): one.objection(evidence) for one in asked}
     findings = [finding for _, finding in answers if finding is not None]
     deciding = [finding for one, finding in answers if finding is not None and one.decides]
     return Check(
@@ -80,6 +92,8 @@ def check(
         uncovered=tuple(uncovered),
         uncovered_reasons=uncovered,
         findings=tuple(finding.as_data() for finding in findings),  # pyright: ignore[reportArgumentType]
+        unanswered={name: why for name, why in objections.items() if why},
+        unmeasured=dict(evidence.unmeasured),
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
     )
 
@@ -106,7 +120,8 @@ def build_module(factory: Callable[[], nn.Module], tensors: Mapping[str, Tensor]
     return module
 
 
-def _weights(plan: Plan, on_step: OnStep | None) -> dict[str, Values]:
+def _weights(plan: Plan, on_step: OnStep | None, *, deep: bool) -> dict[str, Values]:
+    statistics = [_PRODUCTS, _CONFLICT, _SUMS, *([_TOP] if deep else [])]
     total = sum(t.spec.nbytes for t in plan.tasks.values() if t.copied_from is None)
     done = 0
 
@@ -116,11 +131,26 @@ def _weights(plan: Plan, on_step: OnStep | None) -> dict[str, Values]:
         if on_step is not None:
             on_step("weights", done, total)
 
-    values = measure_weights(plan, (_PRODUCTS, _CONFLICT), on_progress=progress)
+    values = measure_weights(plan, statistics, on_progress=progress)
     for name, value in values.items():
         if not bool(value[_PRODUCTS]["products"].isfinite().all()):
             explain_not_finite(plan, name)
     return values
+
+
+def _matrices(plan: Plan, values: Mapping[str, Values], on_step: OnStep | None) -> dict[str, Any]:
+    """Return what takes long to find in the weights, by the evidence's names."""
+
+    def progress(done: int, total: int) -> None:
+        if on_step is not None:
+            on_step("matrices", done, total)
+
+    matrices = measure_matrices(plan, on_progress=progress)
+    return {
+        "top_conflicts": {name: value[_TOP]["conflicts"] for name, value in values.items()},
+        "subspaces": matrices.measured,
+        "unmeasured": matrices.unmeasured,
+    }
 
 
 def _activations(calibration: Calibration | None) -> dict[str, Any]:

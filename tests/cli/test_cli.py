@@ -25,7 +25,7 @@ FROZEN = {
     "demo": {"--out", "--text", "--json"},
     "check": {
         "--base", "--expert", "--data", "--calibration", "--mode", "--samples", "--model-factory",
-        "--method", "--set", "--json", "--html",
+        "--method", "--set", "--deep", "--json", "--html",
     },
     "plan": {"--json", "--workers"},
     "merge": {
@@ -40,6 +40,14 @@ FROZEN = {
     "report": set(),
     "verify": {"--deep", "--json"},
     "methods": {"--json"},
+    "explain": {
+        "--base", "--expert", "--data", "--model-factory", "--classifier", "--samples", "--seed",
+        "--json", "--html",
+    },
+    "repair": {"--data", "--out", "--kind", "--model-factory", "--samples", "--json"},
+    "learn": {
+        "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json",
+    },
 }  # fmt: skip
 
 

@@ -173,6 +173,7 @@ def check(
     model_factory: str | None,
     method: str,
     settings: Sequence[str],
+    deep: bool,
     json_file: str | None,
     html_file: Path | None,
 ) -> None:
@@ -193,6 +194,7 @@ def check(
             checking.short_names(expert.path for expert in recipe.experts),
             data=used,
             calibration=read_calibration(calibration) if calibration is not None else None,
+            deep=deep,
             on_step=shown.update,
         )
     payload = found.model_dump(mode="json")

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from mergewell.cli.explain import explain, repair
+from mergewell.cli.learn import learn
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -86,6 +89,9 @@ def check(
     ] = None,
     method: Method = "average",
     set_: Settings = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decompose matrices: minutes on large models.")
+    ] = False,
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write JSON to a file; - is standard output.")
     ] = None,
@@ -96,8 +102,8 @@ def check(
 
     commands.check(
         base, expert or [], data=data, calibration=calibration, mode=mode, samples=samples,
-        model_factory=model_factory, method=method, settings=set_ or [], json_file=json,
-        html_file=html,
+        model_factory=model_factory, method=method, settings=set_ or [], deep=deep,
+        json_file=json, html_file=html,
     )  # fmt: skip
 
 
@@ -227,6 +233,11 @@ _STOPPED = (
     "stopped; an output stands complete under its name or not at all, and a merge of several files "
     "goes on with --resume."
 )
+
+
+app.command()(explain)
+app.command()(repair)
+app.command()(learn)
 
 
 def main(arguments: list[str] | None = None) -> int:
