@@ -1,6 +1,7 @@
 """Block by block gives what the plain forward pass gives, and leaves nothing behind."""
 
 import threading
+import weakref
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def test_each_weight_is_read_once_however_many_batches(tmp_path: Path) -> None:
     walked({"a": bones}, [images(2) for _ in range(4)], tmp_path, keep_below=0)
     assert sorted(read) == sorted(n for n in state if "num_batches" not in n or n in read)
     assert len(read) == len(set(read))
+
+
+def test_results_do_not_wait_for_one_another(tmp_path: Path) -> None:
+    """Logits of a language model are larger than all that waits between its blocks."""
+    bones, seen = skeleton(cnn, randomised(cnn(), 1, 0.1)), []
+    with Spill(0, tmp_path) as spill:
+        for step in Walk({"a": bones}, [images(2) for _ in range(3)], spill=spill).steps():
+            assert [one() for one in seen] == [None] * len(seen)
+            if step.module is None:
+                seen.append(weakref.ref(step.outputs["a"]))
+            del step
+    assert len(seen) == 3
 
 
 def test_many_batches_walk_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,7 @@ class Coroutine:
         self._closing = False
         self.request: Any = None
         """What the function has asked for; None when it has returned."""
-        self.result: Any = None
-        """What the function returned."""
+        self._result: Any = None
         self.is_done = False
 
     def resume(self, answer: Any = None) -> None:
@@ -63,6 +62,11 @@ class Coroutine:
         answer, self._answer = self._answer, None
         return answer
 
+    def take(self) -> Any:
+        """Return what the function returned, once: it is not kept any longer."""
+        result, self._result = self._result, None
+        return result
+
     def close(self) -> None:
         """Unwind the function where it stands and wait for its thread to end."""
         self._closing = True
@@ -75,7 +79,7 @@ class Coroutine:
     def _run(self) -> None:
         _HERE.coroutine = self
         try:
-            self.result = self._function()
+            self._result = self._function()
         except _Closed:
             pass
         except BaseException as error:

@@ -23,6 +23,7 @@ from mergewell.errors import ModelError
 from mergewell.models.coroutine import Coroutine, running
 from mergewell.models.cut import Piece, cut
 from mergewell.models.dataflow import Batch, call, evaluating
+from mergewell.models.heap import give_back
 from mergewell.models.skeleton import Fetching, Skeleton
 from mergewell.models.spill import Spill
 
@@ -164,20 +165,21 @@ class Walk:
         for index, models in list(lanes.items()):
             if _place(models) != name:
                 continue
-            if name is None:
+            if name is not None:
+                outputs = {
+                    model: self._spill.keep(self._called(model, index, lane))
+                    for model, lane in models.items()
+                }
+                visit = next(iter(models.values())).visits[name]
+                is_block = self._piece_of[name].is_block
+                yield Step(name, visit, is_block, index, self._batches[index], outputs)
+                for model, lane in models.items():
+                    self._go_on(model, lane, outputs.pop(model))
+            if _place(models) is None:  # at once: what a language model returns is large
                 del lanes[index]
-                results = {model: lane.coroutine.result for model, lane in models.items()}
+                results = {model: lane.coroutine.take() for model, lane in models.items()}
                 yield Step(None, 1, False, index, self._batches[index], results)
-                continue
-            outputs = {
-                model: self._spill.keep(self._called(model, index, lane))
-                for model, lane in models.items()
-            }
-            visit = next(iter(models.values())).visits[name]
-            is_block = self._piece_of[name].is_block
-            yield Step(name, visit, is_block, index, self._batches[index], outputs)
-            for model, lane in models.items():
-                self._go_on(model, lane, outputs.pop(model))
+                del results
 
     def _called(self, model: str, index: int, lane: _Lane) -> Any:
         """Return what the module returns that a forward pass waits for."""
@@ -204,6 +206,7 @@ class Walk:
     def _release(self) -> None:
         for skeleton in self._models.values():
             skeleton.release()
+        give_back()
         self._loaded = ()
 
     def _load(self, modules: tuple[str, ...]) -> None:
@@ -212,6 +215,7 @@ class Walk:
             return
         for skeleton in self._models.values():
             skeleton.drop(self._loaded)
+        give_back()
         self._loaded = modules
         for skeleton in self._models.values():
             skeleton.load(modules)

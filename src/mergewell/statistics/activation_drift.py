@@ -15,6 +15,9 @@ from mergewell.errors import DataError
 from mergewell.statistics.base import State, Statistic
 from mergewell.tensor_group import Value
 
+BLOCK = 1 << 20
+"""Elements looked at together: logits of a language model are too many for copies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sides:
@@ -36,18 +39,19 @@ class ActivationDrift(Statistic[Sides]):
 
     def update(self, state: State, batch: Sides) -> State:
         """Return the state with one more batch."""
-        base, *experts, merged = (output.float() for output in batch.outputs)
-        ensemble = experts[0]
-        for share, other in zip(batch.coefficients[1:], experts[1:], strict=True):
-            ensemble = ensemble + share * (other - experts[0])
+        flat = [output.reshape(-1) for output in batch.outputs]
+        sums = torch.zeros(len(flat) + 1, dtype=torch.float64)
+        for start in range(0, flat[0].numel(), BLOCK):
+            base, *experts, merged = (output[start : start + BLOCK].float() for output in flat)
+            ensemble = experts[0]
+            for share, other in zip(batch.coefficients[1:], experts[1:], strict=True):
+                ensemble = ensemble + share * (other - experts[0])
+            parts = [*(expert - base for expert in experts), base, merged - ensemble, ensemble]
+            sums += torch.stack([_square(part) for part in parts])
+        *change, base, gap, ensemble = sums.unbind()
         return self.join(
             state,
-            {
-                "change": torch.stack([_square(expert - base) for expert in experts]),
-                "base": _square(base),
-                "gap": _square(merged - ensemble),
-                "ensemble": _square(ensemble),
-            },
+            {"change": torch.stack(change), "base": base, "gap": gap, "ensemble": ensemble},
         )
 
     def value(self, state: State) -> Value:
