@@ -55,7 +55,7 @@ bench: bench-speed  ## all benchmarks
 bench-speed: $(INSTALLED)  ## merges beside copying the files and beside mergekit (minutes)
 	$(PYTHON) -m venv .venv-mergekit
 	.venv-mergekit/bin/python -m pip install --quiet mergekit==0.1.4 torch==2.13.0 'transformers<5'
-	$(BIN)/python benchmarks/speed/bench.py --size 0.5 --mergekit .venv-mergekit
+	$(BIN)/python benchmarks/speed/bench.py --sizes 0.5 0.1 1.5 --mergekit .venv-mergekit
 
 clean:  ## remove what was made here
 	rm -rf $(VENV) .venv-mergekit mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache

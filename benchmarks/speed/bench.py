@@ -1,10 +1,11 @@
 """What merges cost beside copying the files: floor, mergewell and (once each) mergekit, in one run.
 
-    python benchmarks/speed/bench.py --size 0.5 --runs 5 --mergekit /path/to/mergekit-venv
+    python benchmarks/speed/bench.py --sizes 0.1 0.5 1.5 --runs 5 --mergekit /path/to/mergekit-venv
 
 The floor reads all inputs (`cat > /dev/null`) and writes the output (`cp`), here as there to tmpfs.
 Floor and mergewell take turns, so that drift of a shared machine meets both; the ratio is that of
-each pair. Imports and the loading of compiled code are timed apart (`start_s`) and not counted.
+each pair. mergekit runs on the 0.5 set only. Imports and the loading of compiled code are timed
+apart (`start_s`) and not counted.
 Memory is the peak of anonymous memory above that after the imports. Writes docs/benchmarks/speed.md
 and speed.json.
 """
@@ -143,7 +144,9 @@ def theirs(venv: Path, config: dict[str, Any], inputs: list[Path], out: Path) ->
     return {"wall_s": wall, "cpu_s": cpu}
 
 
-def measure(name: str, arguments: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
+def measure(
+    name: str, size: str, arguments: argparse.Namespace, models: list[Path]
+) -> dict[str, Any]:
     """Return the row of one method: medians over paired runs."""
     recipe, config, experts = METHODS[name]
     inputs = models[: experts + 1]
@@ -159,14 +162,16 @@ def measure(name: str, arguments: argparse.Namespace, models: list[Path]) -> dic
     for _ in range(arguments.runs):
         floors.append(floor(read, scratch / "floor"))
         merges.append(ours(data, scratch / "ours"))
-    row: dict[str, Any] = {"method": name, "size": arguments.size, "experts": experts}
+    row: dict[str, Any] = {"method": name, "size": size, "experts": experts, "runs": len(floors)}
+    one = (inputs[1] / "model.safetensors").stat().st_size
+    row["gigabytes"] = (len(read) + 1) * one / 1e9  # read once and written
     row["floor_s"] = statistics.median(floors)
     for key in ("wall_s", "cpu_s", "peak_mb", "start_s"):
         row[key] = statistics.median(merge[key] for merge in merges)
     pairs = [merge["wall_s"] / base for merge, base in zip(merges, floors, strict=True)]
     row["ratio"] = statistics.median(pairs)
     row["ratio_low"], row["ratio_high"] = min(pairs), max(pairs)
-    if arguments.mergekit:
+    if arguments.mergekit and size == "0.5":
         peer = theirs(Path(arguments.mergekit), config, inputs, scratch / "theirs")
         row |= {"mergekit_wall_s": peer["wall_s"], "mergekit_cpu_s": peer["cpu_s"]}
     print(json.dumps(row), flush=True)
@@ -181,16 +186,17 @@ def page(rows: list[dict[str, Any]], load: str) -> str:
         f"Two cores, load average at the start and end: {load}. Medians of paired runs; the ratio",
         "is wall time over that of reading all inputs and writing the output, range in brackets.",
         "mergekit ran once a method, its start-up (about 5 CPU seconds) included.", "",
-        "| method | 1e9 parameters | floor s | wall s | ratio to floor | CPU s | peak MB | start s "
-        "| mergekit wall s | mergekit CPU s | CPU times less |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | 1e9 parameters | floor s | wall s | ratio to floor | CPU s | CPU s a GB "
+        "| peak MB | start s | mergekit wall s | mergekit CPU s | CPU times less |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         peer = row.get("mergekit_cpu_s")
         lines.append(
             f"| {row['method']} | {row['size']} | {row['floor_s']:.2f} | {row['wall_s']:.2f} | "
             f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] | "
-            f"{row['cpu_s']:.2f} | {row['peak_mb']:.0f} | {row['start_s']:.1f} | "
+            f"{row['cpu_s']:.2f} | {row['cpu_s'] / row['gigabytes']:.2f} | "
+            f"{row['peak_mb']:.0f} | {row['start_s']:.1f} | "
             + (f"{row['mergekit_wall_s']:.0f} | {peer:.0f} | " if peer else "– | – | ")
             + (f"{peer / row['cpu_s']:.0f} |" if peer else "– |")
         )
@@ -207,25 +213,32 @@ def page(rows: list[dict[str, Any]], load: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="0.5")
+    parser.add_argument("--sizes", nargs="*", default=["0.5"], choices=["0.1", "0.5", "1.5"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--models", default="", help="folder of model0 ... ; made if absent")
+    parser.add_argument(
+        "--models", type=Path, default=Path("/tmp/mergewell-speed"),
+        help="folder of SIZE/model0 ... ; made if absent",
+    )  # fmt: skip
     parser.add_argument("--scratch", default="/dev/shm", help="where results go: a tmpfs")
     parser.add_argument("--mergekit", default="", help="virtual environment that has mergekit")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
-    folder = Path(arguments.models or f"/tmp/mergewell-speed/{arguments.size}")
-    make = [sys.executable, str(Path(__file__).parent / "generate.py"), "--out", str(folder)]
-    subprocess.run([*make, "--size", arguments.size], check=True, stdout=sys.stderr)
-    models = [folder / f"model{index}" for index in range(5)]
     before = os.getloadavg()[0]
-    rows = [measure(name, arguments, models) for name in arguments.methods]
+    rows: list[dict[str, Any]] = []
+    for size in arguments.sizes:
+        folder = arguments.models / size
+        make = [sys.executable, str(Path(__file__).parent / "generate.py"), "--out", str(folder)]
+        subprocess.run([*make, "--size", size], check=True, stdout=sys.stderr)
+        models = [folder / f"model{index}" for index in range(5)]
+        rows += [measure(name, size, arguments, models) for name in arguments.methods]
     arguments.out.mkdir(parents=True, exist_ok=True)
     known = arguments.out / "speed.json"
     kept = json.loads(known.read_text())["rows"] if known.exists() else []
     new = {(row["method"], row["size"]) for row in rows}
     rows = [row for row in kept if (row["method"], row["size"]) not in new] + rows
+    order = list(METHODS)
+    rows.sort(key=lambda row: (float(row["size"]), order.index(row["method"])))
     known.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     load = f"{before:.1f}, {os.getloadavg()[0]:.1f}"
     (arguments.out / "speed.md").write_text(page(rows, load))
