@@ -120,7 +120,8 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
 def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
     """Return the block as it is stored, where a fused form can take it so."""
     task = block.task
-    if not is_raw(plan, task, rows=True):
+    # no fused form sees a calibration
+    if task.method.needs.calibration or not is_raw(plan, task, rows=True):
         return None
     shape = task.spec.shape
     tensors = [read(model, task.name, block) for model in plan.inputs]
@@ -158,7 +159,18 @@ def group_of(plan: Plan, block: Block, values: Values) -> TensorGroup:
         offset=block.start,
         numel=task.spec.numel,
         statistics=values,
+        calibration=_calibration_of(plan, block),
     )
+
+
+def _calibration_of(plan: Plan, block: Block) -> Mapping[str, Tensor]:
+    """Return what the plan's calibration says of a block's rows; nothing where nobody asks."""
+    task = block.task
+    wanted = task.method.needs.calibration
+    if plan.guidance is None or not wanted or not task.spec.numel:
+        return {}
+    row = task.spec.numel // task.spec.shape[0]
+    return plan.guidance.values(task.name, wanted, block.start // row, block.stop // row)
 
 
 def compute_dtype(stored: Sequence[torch.dtype]) -> torch.dtype:

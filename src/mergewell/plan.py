@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from mergewell.errors import PlanError
+from mergewell.guidance import Guidance, open_guidance
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
 from mergewell.recipe import LayerRange, Recipe, Rule
@@ -51,6 +52,11 @@ class TensorTask:
         """What happens, in a word: the method's name or "copy"."""
         return "copy" if self.copied_from is not None else self.method.component_name()
 
+    @property
+    def calibration(self) -> tuple[str, ...]:
+        """What guides the merge of this tensor, by family of the calibration."""
+        return self.method.needs.calibration if self.copied_from is None else ()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,6 +68,8 @@ class Plan:
     tasks: Mapping[str, TensorTask]
     layouts: tuple[ShardLayout, ...]
     warnings: tuple[str, ...]
+    guidance: Guidance | None = None
+    """What the recipe's calibration says, where a method asks for it."""
 
     @property
     def reference(self) -> Checkpoint:
@@ -81,12 +89,17 @@ class Plan:
     @property
     def metadata(self) -> dict[str, str]:
         """What stands in the header of each file of the result."""
-        return {"format": "pt", "mergewell.recipe": self.recipe.to_yaml()}
+        about = {"format": "pt", "mergewell.recipe": self.recipe.to_yaml()}
+        if self.guidance is not None:
+            about["mergewell.calibration"] = self.guidance.digest
+        return about
 
     def resume_key(self) -> str:
         """Return what a partial run must share to be resumed: recipe and unchanged input files."""
         stats = [file.stat() for model in self.inputs for file in model.files]
-        parts = (f"{s.st_size}.{s.st_mtime_ns}" for s in stats)
+        parts = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
+        if self.guidance is not None:
+            parts.append(self.guidance.digest)
         return "-".join([self.recipe.digest(), *parts])
 
     @property
@@ -143,6 +156,7 @@ class Plan:
                     "dtype": str(task.spec.dtype).removeprefix("torch."),
                     "coefficients": list(task.coefficients),
                     "parameters": {} if task.copied_from is not None else task.method.parameters(),
+                    "calibration": list(task.calibration),
                 }
                 for task in self.tasks.values()
             ],
@@ -153,14 +167,20 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """Return the plan of a recipe; reads headers, `config.json` and no tensor.
 
+    With a calibration, the ends of the models' tensors are read to know the models by.
+
     Raises:
         CheckpointError: a file that is missing or damaged.
-        PlanError: a recipe that does not fit its checkpoints.
+        DataError: the calibration is none, or one of another version.
+        PlanError: a recipe, or a calibration, that does not fit its checkpoints.
     """
     base = open_model(recipe.base, recipe.base_layers) if recipe.base is not None else None
     experts = tuple(open_model(expert.path, expert.layers, base=base) for expert in recipe.experts)
     reference = base if base is not None else experts[0]
     warnings = [*recipe.notes, *_compare_configs(reference, experts), *_same_paths(recipe)]
+    guidance = None
+    if recipe.calibration is not None:
+        guidance = open_guidance(recipe.calibration, (reference, *experts))
     used_rules: list[Rule] = []
     tasks: dict[str, TensorTask] = {}
     for name in (name for shard in reference.shards for name in shard.names):
@@ -169,7 +189,7 @@ def make_plan(recipe: Recipe) -> Plan:
             used_rules.append(rule)
             if rule.omit:
                 continue
-        tasks[name] = _task(recipe, rule, reference, base, experts, name)
+        tasks[name] = _task(recipe, rule, reference, base, experts, name, guidance)
     for expert in experts:
         extra = [name for name in expert if name not in reference]
         kept = [name for name in extra if not ((r := recipe.rule_for(name)) and r.omit)]
@@ -184,8 +204,11 @@ def make_plan(recipe: Recipe) -> Plan:
             raise PlanError(f"Rule {rule.match!r} matches no tensor; mend its pattern or drop it.")
     if not tasks:
         raise PlanError("The rules leave out every tensor; nothing would be written.")
+    if guidance is not None:
+        guided = [task.name for task in tasks.values() if task.calibration]
+        warnings.append(guidance.described(guided, list(tasks)))
     layouts = _layouts(reference, tasks, recipe.shard_bytes)
-    return Plan(recipe, base, experts, tasks, layouts, tuple(warnings))
+    return Plan(recipe, base, experts, tasks, layouts, tuple(warnings), guidance)
 
 
 def open_model(
@@ -212,6 +235,7 @@ def _task(
     base: Checkpoint | None,
     experts: Sequence[Checkpoint],
     name: str,
+    guidance: Guidance | None,
 ) -> TensorTask:
     spec = reference.spec(name)
     choice = rule.method if rule is not None and rule.method is not None else recipe.method
@@ -220,6 +244,12 @@ def _task(
     if isinstance(method, Keep):
         return _kept(method, coefficients, (reference, *experts), name)
     _check_needs(method, coefficients, base, experts)
+    if method.needs.calibration and guidance is None:
+        raise PlanError(
+            f"{method.component_name()} is guided by a calibration; make one with `mergewell "
+            "calibrate` and name it in the recipe with `calibration: FILE`."
+        )
+    method = method.for_tensor(name, guided=guidance is not None and name in guidance.tensors)
     for expert in experts:
         other = _find(expert, name, reference)
         if other.shape != spec.shape:
@@ -265,7 +295,9 @@ def _check_needs(
         )
     for field in type(method).model_fields:
         value = getattr(method, field)
-        if isinstance(value, tuple) and len(cast("tuple[float, ...]", value)) != len(experts):
+        if not isinstance(value, tuple) or field == "layers":
+            continue
+        if len(cast("tuple[float, ...]", value)) != len(experts):
             raise PlanError(
                 f"{name}: {field} has {len(cast('tuple[float, ...]', value))} values for "
                 f"{len(experts)} experts; give one value, or one an expert."

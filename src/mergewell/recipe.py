@@ -139,6 +139,9 @@ class Recipe(BaseModel):
     rules: tuple[Rule, ...] = ()
     """Exceptions by tensor name; the first match wins."""
 
+    calibration: str | None = None
+    """A file that `mergewell calibrate` made of these models, for methods that are guided by it."""
+
     seed: int = 0
     """Seed of random methods."""
 
@@ -279,6 +282,7 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "base": seen(recipe.base) if recipe.base is not None else None,
             "base_layers": seen_layers(recipe.base_layers),
+            "calibration": seen(recipe.calibration) if recipe.calibration is not None else None,
             "experts": tuple(
                 expert.model_copy(
                     update={"path": seen(expert.path), "layers": seen_layers(expert.layers)}

@@ -60,6 +60,9 @@ class TensorGroup:
     )
     """Values made by earlier passes, by the statistic that made them."""
 
+    calibration: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What a calibration says of these rows, as the method's needs ask; see `guidance`."""
+
     @property
     def is_whole(self) -> bool:
         """True when this is a whole tensor and not a block of one."""

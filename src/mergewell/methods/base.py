@@ -46,6 +46,9 @@ class Needs:
     granularity: Granularity = "element"
     """The smallest piece on which the method may be run: "row" means whole rows (dimension 0)."""
 
+    calibration: tuple[str, ...] = ()
+    """What it reads of a calibration, by family, such as "m_loss"; see `guidance`."""
+
 
 class _NeedsBy:
     """Needs that follow from a method's parameters; of the class, those at the defaults."""
@@ -108,6 +111,11 @@ class MergeMethod(Component):
     @abstractmethod
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the merged tensor, of the shape and dtype of the experts'."""
+
+    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+        """Return the method for one tensor; `guided` says whether the calibration speaks of it."""
+        del name, guided
+        return self
 
     def statistics(self) -> Sequence[WeightStatistic]:
         """Return the statistics of the weights that have to be made before the merge."""

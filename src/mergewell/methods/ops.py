@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mergewell.methods.base import MergeMethod, Needs
+from mergewell.methods.base import Fraction, MergeMethod, Needs, Probability, needs_by
+from mergewell.statistics.depth import LAYER_PATTERN, layer_number
 from mergewell.statistics.magnitude import MagnitudeThreshold, kept_count
 from mergewell.statistics.ops import rows_of
 from mergewell.tensor_group import TensorGroup, Value
@@ -73,6 +75,33 @@ def trim_rows(tensor: Tensor, density: float) -> Tensor:
     """
     rows = rows_of(tensor)
     mask = ranks_in_rows(rows) < kept_count(density, rows.shape[1])
+    return torch.where(mask, rows, 0.0).reshape(tensor.shape)
+
+
+def rank_shares(values: Tensor) -> Tensor:
+    """Return each value's place among all, 0 the smallest and 1 the largest, ties from the front.
+
+    values and result: [n], the result in float64; a single value is in the middle, at 1/2.
+    """
+    places = torch.empty(len(values), dtype=torch.float64, device=values.device)
+    order = values.sort(stable=True).indices
+    places[order] = torch.arange(len(values), dtype=torch.float64, device=values.device)
+    return places / (len(values) - 1) if len(values) > 1 else torch.full_like(places, 0.5)
+
+
+def largest_in_rows(tensor: Tensor, counts: Tensor, *, keep_ties: bool = False) -> Tensor:
+    """Return `tensor` with only the `counts` [rows] largest entries of its rows kept.
+
+    Exactly as many, ties from the front, or with `keep_ties` all that equal the last of them.
+    """
+    rows = rows_of(tensor)
+    limit = counts.clamp(0, rows.shape[1])[:, None]
+    if not keep_ties or not rows.numel():
+        mask = ranks_in_rows(rows) < limit
+    else:
+        sizes = rows.abs()
+        last = sizes.sort(dim=1, descending=True).values.gather(1, (limit - 1).clamp(min=0))
+        mask = (sizes >= last) & (limit > 0)
     return torch.where(mask, rows, 0.0).reshape(tensor.shape)
 
 
@@ -249,3 +278,88 @@ class SparseMerge(MergeMethod):
 
 NEUTRAL_SPARSE = {"density": 1.0, "scale": 1.0, "combine": "agreeing", "divide": "usual"}
 """Parameters of a `SparseMerge` at which one expert, or equal ones, come back."""
+
+
+Budget = Literal["neutral", "rank", "layer_aware", "random", "reversed", "uniform", "none"]
+
+
+class GuidedMerge(SparseMerge):
+    """A `SparseMerge` that trims rows, those of nodes with a large M-Loss more than others.
+
+    r is a row's place in its tensor by M-Loss, from 0, the smallest, to 1. The density of row i is
+    density + spread * (1/2 - r_i), cut to [0, 1], and floor(density_i * length) entries are kept,
+    which may be none. Rows that no calibration speaks of stand at r = 1/2.
+    """
+
+    needs: ClassVar[Needs] = needs_by(
+        lambda method: (
+            Needs(base=True)
+            if method.budget == "none"
+            else Needs(base=True, granularity="row", calibration=("m_loss",))
+        )
+    )
+
+    density: Fraction = 0.2
+    """Fraction of each task vector kept (k in the paper)."""
+
+    spread: Probability = 0.1
+    """How far the densities of a tensor's rows lie apart, from the least to the most (e)."""
+
+    budget: Budget = "neutral"
+    """How a row's density follows from its place r by M-Loss: density + spread * (1/2 - r), which
+    keeps the mean; the paper's density - spread * r ("rank"); neutral about a density that falls
+    in the same way with the layer's own place ("layer_aware"). Controls: places drawn at random,
+    from the other end, or the same for all rows ("uniform"). "none" trims the tensor as a whole,
+    which is what tensors get that are not guided."""
+
+    layer_spread: Probability = 0.1
+    """How far the densities of layers lie apart; used by "layer_aware"."""
+
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers that are guided; all unless given."""
+
+    layer_pattern: str = LAYER_PATTERN
+    """Regular expression for tensor names; its first group is the layer's number, from 0."""
+
+    ties: Literal["position", "keep"] = "position"
+    """Of equal magnitudes in a guided row keep those in front, or all (released code)."""
+
+    def for_tensor(self, name: str, *, guided: bool) -> Self:
+        """Return the method itself for a guided tensor, and that of budget "none" for others."""
+        if guided and self.layers is not None:
+            guided = layer_number(self.layer_pattern, name) in self.layers
+        return self if guided else self.model_copy(update={"budget": "none"})
+
+    def row_densities(self, group: TensorGroup) -> Tensor:
+        """Return the density of each of the group's rows, [rows], float64, in [0, 1]."""
+        rows = rows_of(group.required_base)
+        places = group.calibration.get("m_loss_rank")
+        if places is None or self.budget == "uniform":
+            places = torch.full((rows.shape[0],), 0.5, dtype=torch.float64, device=rows.device)
+        if self.budget == "random":
+            places = self._drawn(group)
+        if self.budget == "reversed":
+            places = 1 - places
+        density: float | Tensor = self.density
+        if self.budget == "layer_aware":
+            place = group.calibration.get("m_loss_layer_rank", torch.tensor(0.5))
+            density = (self.density + self.layer_spread * (0.5 - place)).clamp(0, 1)
+        centre = 0.0 if self.budget == "rank" else 0.5
+        return (density + self.spread * (centre - places)).clamp(0, 1)
+
+    def trimmed(self, group: TensorGroup) -> list[Tensor]:
+        """Return the task vectors with only the largest entries of each row kept."""
+        length = rows_of(group.required_base).shape[1]
+        counts = (self.row_densities(group) * length + 1e-9).floor().long()
+        keep_ties = self.ties == "keep"
+        return [largest_in_rows(tau, counts, keep_ties=keep_ties) for tau in group.task_vectors]
+
+    def _drawn(self, group: TensorGroup) -> Tensor:
+        """Return the places of the group's rows in an order drawn by seed and tensor name."""
+        rows = rows_of(group.required_base)
+        length = max(1, rows.shape[1])
+        count = max(rows.shape[0], group.whole_numel // length)
+        like = torch.zeros(count, dtype=torch.float64, device=rows.device)
+        numbers = replace(group, experts=(like,), base=None, offset=0, numel=-1).uniform(0)
+        first = group.offset // length
+        return rank_shares(numbers)[first : first + rows.shape[0]]
