@@ -37,6 +37,15 @@ def _layers() -> list[dict[str, Any]]:
         rows.append(
             {"layer": name, "activation": "relu6", "nodes": nodes, "absolute": absolute}
             | {"relative": relative, "node": node}
+            | {"kind": "activation", "mean_gap": absolute / 3, "expected_gap": absolute / 3.3}
+            | {"ratio": 1.1, "agreement": 0.93, "bound": absolute * 2.0}
+        )
+    for index, kind in enumerate(["attention", "block", "block", "output"]):
+        name = "(output)" if kind == "output" else f"_blocks.{index}"
+        rows.append(
+            {"layer": name, "activation": kind, "nodes": 8, "absolute": 0.4}
+            | {"relative": 0.031 * (index + 1), "kind": kind}
+            | ({"heads": [0.01, 0.02, 0.123, 0.04]} if kind == "attention" else {})
         )
     return rows
 
@@ -134,6 +143,28 @@ def _example() -> dict[str, Any]:
                 "value": 0.334,
                 "unit": "fraction of the mass",
                 "advice": "Elect signs before averaging: ties does.",
+            },
+            {
+                "question": "Do the models still see the inputs alike?",
+                "verdict": "Less and less towards the end.",
+                "level": "fair",
+                "where": "_blocks.15",
+                "value": 0.9971,
+                "unit": "linear CKA, unbiased, median over blocks",
+                "advice": "Repair the merged features.",
+                "decides": False,
+                "by_place": {f"_blocks.{i}": 1 - 0.0012 * i**1.5 for i in range(16)},
+            },
+            {
+                "question": "Does the loss rise between the models?",
+                "verdict": "Most between mnist and kannada.",
+                "level": "poor",
+                "where": "mnist, kannada",
+                "value": 1.31,
+                "unit": "nats of cross-entropy",
+                "advice": "",
+                "decides": False,
+                "by_place": {"mnist, kannada": 1.31, "mnist, sign_digits": 0.4, "a, b": 0.02},
             },
         ],
     }

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 
 from mergewell.errors import DataError
-from mergewell.report import figures
-from mergewell.report.numbers import fixed, number, percent
+from mergewell.report import figures, layer_figures
+from mergewell.report.findings import shown as shown_value
+from mergewell.report.numbers import fine_percent, fixed, number, percent
 from mergewell.report.page import render_page, write_check_page, write_page
 from mergewell.report.results import Results, validated, write_results
 
 Data = dict[str, Any]
 
-SECTIONS = ("verdict", "reasons", "choice", "accuracy", "layers", "nodes", "vectors")
-SECTIONS += ("predictors", "uncovered", "making", "words")
+SECTIONS = ("verdict", "reasons", "next", "choice", "accuracy", "ensemble", "layers", "heads")
+SECTIONS += ("blocks", "nodes", "vectors", "theory", "compared", "places", "predictors")
+SECTIONS += ("uncovered", "making", "words")
+
+MERGED = ("choice", "accuracy", "ensemble")
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def test_the_page_tells_everything_verdict_first(results: Results) -> None:
 def test_a_page_from_a_check_leaves_out_what_it_does_not_have(results: Results) -> None:
     assert results.check is not None
     page = render_page(Results.of_check(results.check))
-    assert sections(page) == tuple(s for s in SECTIONS if s not in ("choice", "accuracy"))
+    assert sections(page) == tuple(s for s in SECTIONS if s not in MERGED)
     assert results.check.verdict in html.unescape(page)
     anchors = re.findall(r'href="#(\w+)"', page)
     assert set(anchors) <= set(sections(page))
@@ -52,18 +56,28 @@ def test_empty_results_still_make_a_page() -> None:
 def test_weights_only_checks_have_no_layer_sections(example: Data) -> None:
     data = example["check"] | {"layers": [], "samples": None, "mode": None, "uncovered": []}
     page = render_page(Results.of_check(validated(Results, {"check": data}, where="x").check))  # type: ignore[arg-type]
-    assert sections(page) == ("verdict", "reasons", "vectors", "predictors", "making", "words")
+    assert sections(page) == tuple(
+        s
+        for s in SECTIONS
+        if s not in (*MERGED, "layers", "heads", "blocks", "nodes", "theory", "uncovered")
+    )
 
 
 def test_every_number_of_every_figure_stands_in_a_table(results: Results) -> None:
     told = tables(render_page(results))
     shown = [percent(x.relative, 2) for x in results.layers]
     shown += [number(x.absolute) for x in results.layers]
-    shown += [number(g.value) for x in results.layers for g in figures.node_groups(x)]
+    shown += [fine_percent(g.relative) for x in results.units for g in layer_figures.node_groups(x)]
     for one in figures.accuracy_series(results, "ties"):
         shown += [percent(value) for value in one.values.values()]
         shown += [percent(high) for _, high in one.intervals.values()]
     shown += [fixed(x, 3) for row in results.cosines for x in row if x is not None]
+    theory = [x for x in results.layers if x.ratio is not None]
+    shown += [number(x) for a in theory for x in (a.mean_gap, a.expected_gap, a.bound) if x]
+    shown += [fine_percent(x) for a in results.layers for x in a.heads]
+    assert results.check is not None
+    for one in results.check.findings:
+        shown += [shown_value(x, one.unit) for x in one.by_place.values()]
     missing = [value for value in shown if value not in told]
     assert len(shown) > 1100
     assert missing == []

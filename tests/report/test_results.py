@@ -35,7 +35,7 @@ def test_the_contract_names_stand_in_the_file(example: Data, tmp_path: Path) -> 
     assert set(contract) <= set(data)
     assert set(data["accuracy"]) == {"base", "expert", "ensemble", "merged"}
     row = {"layer", "activation", "nodes", "absolute", "relative", "node"}
-    assert set(data["m_loss"][0]) == row
+    assert set(data["m_loss"][0]) >= row
     check = "version base experts samples mode layers predictors prediction verdict uncovered"
     assert set(check.split()) <= set(data["check"])
     assert data["check"]["prediction"] is None
@@ -154,3 +154,19 @@ def test_levels_are_those_of_the_diagnostic() -> None:
 def test_a_check_needs_no_optional_field() -> None:
     check = validated(Check, {"base": "b", "experts": ["e"], "verdict": "Yes."}, where="check")
     assert Results.of_check(check).layers == ()
+
+
+def test_node_values_are_written_once(example: Data, tmp_path: Path) -> None:
+    results = validated(Results, example, where="example")
+    written = json.loads(write_results(tmp_path, results).read_text())
+    assert [row["node"] for row in written["m_loss"]] == [
+        row.get("node", []) for row in example["m_loss"]
+    ]
+    assert all(row["node"] == [] for row in written["check"]["layers"])
+    assert read_results(tmp_path).check == results.check
+    # rows of its own are the check's own to keep
+    example["check"]["layers"] = example["m_loss"][:2]
+    results = validated(Results, example, where="example")
+    written = json.loads(write_results(tmp_path, results).read_text())
+    assert written["check"]["layers"][0]["node"] == example["m_loss"][0]["node"]
+    assert read_results(tmp_path) == results

@@ -5,6 +5,8 @@ A unit is set off by a space that does not break.
 
 from __future__ import annotations
 
+import math
+
 PERCENT = "\N{NO-BREAK SPACE}%"
 
 
@@ -16,6 +18,12 @@ def percent(fraction: float, digits: int = 1) -> str:
     if not any(figure in "123456789" for figure in shown):
         return f"{'<' if fraction > 0 else '>−'}{10.0**-digits:.{digits}f}{PERCENT}"
     return signed(shown)
+
+
+def fine_percent(fraction: float) -> str:
+    """Return a fraction as a percentage of two significant digits: 0.000357 is "0.036 %"."""
+    size = abs(100 * fraction)
+    return percent(fraction, 0 if size >= 9.95 else 1 if size >= 0.995 else _digits(size))
 
 
 def percent_range(low: float, high: float) -> str:
@@ -49,6 +57,10 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def _digits(size: float) -> int:
+    return min(1 - math.floor(math.log10(size)), 9) if size else 0
 
 
 def signed(text: str) -> str:

@@ -1,31 +1,30 @@
 """The page: one HTML file that holds everything, asks the network for nothing and needs no script.
 
-A content security policy with the hashes of our own style and script makes the browser keep that
-promise, whatever a task or a model is called.
+First the verdict and its reasons, then what was measured, every figure's numbers in a table too.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mergewell.report import figures, numbers, story, svg
+from mergewell.report import figures, findings, layer_figures, numbers, place_figures, story
+from mergewell.report.html import render
 from mergewell.report.results import (
     MEAN,
     Check,
+    Cutoffs,
+    LayerMLoss,
     Matrix,
     Results,
     read_results,
     write_text,
 )
 
-HERE = Path(__file__).parent
 WHOLE = "all"
 """The key under which the time of all steps together may stand."""
 
@@ -52,28 +51,8 @@ def write_check_page(check: Check, path: Path) -> Path:
 
 def render_page(results: Results) -> str:
     """Return the page as one HTML text; what the results do not hold is left out."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = numbers.percent
-    environment.filters["number"] = numbers.number
-    environment.filters["fixed"] = numbers.fixed
-    environment.filters["seconds"] = numbers.seconds
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html.jinja").render(
-        results=results,
-        check=results.check,
-        style=Markup(style),
-        script=Markup(script),
-        policy=_policy(style, script),
-        **_told(results),
-        **_drawn(results),
-    )
+    values = {"results": results, "check": results.check, **_told(results), **_drawn(results)}
+    return render("page.html.jinja", {**values, **_found(results)})
 
 
 def _told(results: Results) -> dict[str, Any]:
@@ -84,15 +63,12 @@ def _told(results: Results) -> dict[str, Any]:
     steps = {step: time for step, time in results.seconds.items() if step != WHOLE}
     return {
         "verdict": story.verdict(results),
-        "level_words": svg.LEVEL_WORDS,
-        "level_marks": {level: Markup(_mark(shape)) for level, shape in svg.LEVEL_SHAPES.items()},
         "reasons": story.reasons(results),
-        "measure": story.measure,
         "merits": merits,
         "as_good": story.as_good(merits),
         "best_merge": story.command_of(results, merits[0].method) if merits else None,
-        "layer_sentence": story.layer_sentence(results.layers) if results.layers else "",
-        "node_sentence": story.node_sentence(results.layers),
+        "layer_sentence": story.layer_sentence(results.units) if results.units else "",
+        "node_sentence": story.node_sentence(results.units),
         "cosine_sentence": story.cosine_sentence(results),
         "uncovered": _uncovered(check) if check else {},
         "mode": story.MODE_WORDS.get(check.mode, check.mode) if check and check.mode else "",
@@ -101,9 +77,6 @@ def _told(results: Results) -> dict[str, Any]:
         "matrices_of_check": _matrices(check) if check else {},
         "norms": results.relative_norms,
         "conflict": results.conflict,
-        "listed": numbers.listed,
-        "percent_range": numbers.percent_range,
-        "counted": numbers.counted,
         "steps": steps,
         "total_seconds": results.seconds.get(WHOLE, sum(steps.values())),
     }
@@ -113,7 +86,8 @@ def _drawn(results: Results) -> dict[str, Any]:
     """Return the figures and the plain data that stands in the tables under them."""
     merits = story.ranking(results)
     series = figures.accuracy_series(results, merits[0].method if merits else None)
-    layers, cutoffs = results.layers, results.cutoffs
+    layers, cutoffs = results.units, results.cutoffs
+    wholes = results.wholes
     panels = [(MEAN, f"Mean of {numbers.counted(len(results.tasks), 'task')}")]
     panels = (panels if len(results.tasks) > 1 else []) + [(task, task) for task in results.tasks]
     return {
@@ -126,13 +100,25 @@ def _drawn(results: Results) -> dict[str, Any]:
         ],
         "layers": layers,
         "cutoffs": cutoffs,
-        "counts": figures.level_counts(layers, cutoffs),
-        "strip": Markup(figures.layer_strip(layers, cutoffs)) if layers else "",
-        "layer_bars": Markup(figures.layer_bars(layers, cutoffs)) if layers else "",
-        "node_map": Markup(figures.node_map(layers)) if any(a.node for a in layers) else "",
-        "node_groups": figures.node_groups,
-        "shades": figures.SHADES,
-        "shade_range": figures.shade_range(layers),
+        "wholes": wholes,
+        "counts": layer_figures.level_counts(layers, cutoffs),
+        "strip": _figure(layer_figures.layer_strip, layers, cutoffs),
+        "profile": (
+            Markup(layer_figures.layer_strip(layers, cutoffs, 120))
+            if len(layers) > layer_figures.BARS
+            else ""
+        ),
+        "barred": layer_figures.drawn_bars(layers),
+        "axis_end": layer_figures.axis_end(max((a.relative for a in layers), default=0.0)),
+        "layer_bars": _figure(layer_figures.layer_bars, layer_figures.drawn_bars(layers), cutoffs),
+        "whole_bars": _figure(layer_figures.layer_bars, layer_figures.drawn_bars(wholes), cutoffs),
+        "node_map": Markup(layer_figures.node_map(layers)) if any(a.node for a in layers) else "",
+        "node_groups": layer_figures.node_groups,
+        "shades": layer_figures.SHADES,
+        "shade_range": layer_figures.shade_range(layers),
+        "shade_edges": layer_figures.shade_edges(*layer_figures.shade_range(layers)),
+        "headed": [layer for layer in layers if layer.heads],
+        **_against_ensemble(results),
         "cosine_matrix": (
             Markup(figures.cosine_matrix(_names(results), results.cosine_matrix))
             if results.cosine_matrix
@@ -140,6 +126,79 @@ def _drawn(results: Results) -> dict[str, Any]:
         ),
         "names": _names(results),
     }
+
+
+def _figure(
+    draw: Callable[[Sequence[LayerMLoss], Cutoffs], str],
+    layers: Sequence[LayerMLoss],
+    cutoffs: Cutoffs,
+) -> Markup:
+    return Markup(draw(layers, cutoffs) if layers else "")
+
+
+def _found(results: Results) -> dict[str, Any]:
+    """Return the check's findings in order, what to do next, and what theory says."""
+    check = results.check
+    theory = findings.theory_layers(results.layers)
+    ratios = {layer.layer: layer.ratio for layer in theory if layer.ratio is not None}
+    steps = findings.next_steps(check) if check and check.findings else ()
+    return {
+        "deciding": findings.deciding(check) if check else (),
+        "compared": findings.compared(check) if check else (),
+        "compared_words": findings.COMPARED,
+        "next_steps": steps,
+        "measure": findings.measure,
+        "shown": findings.shown,
+        "places": [
+            (one, Markup(_place_chart(one))) for one in (findings.places(check) if check else ())
+        ],
+        "pooled": place_figures.pooled,
+        "theory": theory,
+        "theory_sentence": findings.theory_sentence(theory),
+        "ratio_chart": (
+            Markup(
+                place_figures.place_chart(
+                    ratios,
+                    title="Measured over expected",
+                    along=True,
+                    show=numbers.number,
+                    mark=1.0,
+                )
+            )
+            if len(ratios) > 1
+            else ""
+        ),
+    }
+
+
+def _place_chart(one: findings.Places) -> str:
+    unit = one.finding.unit
+    return place_figures.place_chart(
+        one.values,
+        title=one.finding.question,
+        along=one.along,
+        show=lambda value: findings.shown(value, unit),
+    )
+
+
+def _against_ensemble(results: Results) -> dict[str, Any]:
+    """Return how far each merge is from the ensemble, and bars of how often they agree."""
+    mean = {
+        method: math.fsum(table.values()) / len(table)
+        for method, table in results.agreement.items()
+        if table
+    }
+    rows = story.against_ensemble(results)
+    kinds = {row.method: row.method == (rows[0].method if rows else "") for row in rows}
+    series = [
+        figures.Series(
+            method, "best" if kinds.get(method) else "merge", {MEAN: value}, dict[str, Any]()
+        )
+        for method, value in mean.items()
+    ]
+    title = "agreement with the ensemble"
+    bars = figures.accuracy_bars(series, MEAN, title=title) if series else ""
+    return {"difference": place_figures.difference, "against": rows, "agreement_bars": Markup(bars)}
 
 
 def _names(results: Results) -> tuple[str, ...]:
@@ -162,18 +221,3 @@ def _scalars(check: Check) -> dict[str, float | None]:
 
 def _matrices(check: Check) -> dict[str, Matrix]:
     return {name: value for name, value in check.predictors.items() if isinstance(value, tuple)}
-
-
-def _mark(shape: str) -> str:
-    return f'<svg class="icon" viewBox="-7 -7 14 14" aria-hidden="true"><path d="{shape}"/></svg>'
-
-
-def _policy(style: str, script: str) -> str:
-    def source(text: str) -> str:
-        digest = hashlib.sha256(text.encode("utf-8")).digest()
-        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
-
-    return (
-        f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )

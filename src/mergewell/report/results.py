@@ -9,18 +9,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic import model_validator as validator
 
-from mergewell.errors import DataError, OutputError
+from mergewell.errors import DataError
+from mergewell.report.files import read_object, sentence, write_text
 
 RESULTS_FILE = "results.json"
 MEAN = "mean"
 """The key under which an interval of the mean over tasks may stand."""
 
 Level = Literal["good", "fair", "poor"]
+Kind = Literal["activation", "gated", "attention", "norm", "block", "output"]
+"""What a row of M-Loss is of: `mergewell.models.units` explains the kinds."""
+
+WHOLES: tuple[Kind, ...] = ("block", "output")
+"""Kinds that hold others: their M-Loss is what the parts inside add up to."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Loss = Annotated[float, Field(ge=0)]
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -58,6 +65,19 @@ class LayerMLoss(Record):
     absolute: Loss
     relative: Loss
     node: tuple[Loss, ...] = ()
+    kind: Kind = "activation"
+    heads: tuple[Loss, ...] = ()
+    """Relative M-Loss of each head of an attention."""
+    mean_gap: Loss | None = None
+    """Norm over the nodes of the measured mean gaps: what `expected_gap` is compared with."""
+    expected_gap: Loss | None = None
+    """Norm over the nodes of the mean gaps that the Gaussian model expects."""
+    bound: Loss | None = None
+    """Norm over the nodes of the bounds of the mean absolute gap."""
+    ratio: Loss | None = None
+    """Measured over expected; 1 where the Gaussian model holds."""
+    agreement: Annotated[float, Field(ge=-1.000001, le=1.000001)] | None = None
+    """Cosine of measured and expected mean gaps over the nodes."""
 
     @validator(mode="after")
     def _one_value_a_node(self) -> LayerMLoss:
@@ -88,6 +108,10 @@ class Finding(Record):
     unit: str = ""
     """A unit that begins with "fraction" or "relative" makes the number a percentage."""
     advice: str = ""
+    decides: bool = True
+    """False where the number stands for comparison and the verdict passes it by."""
+    by_place: dict[str, float] = {}
+    """The value by tensor, block or pair, where it has one in each."""
 
 
 class Check(Record):
@@ -105,6 +129,10 @@ class Check(Record):
     level: Level | None = None
     uncovered: tuple[str, ...] = ()
     uncovered_reasons: dict[str, str] = {}
+    unanswered: dict[str, str] = {}
+    """Questions whose evidence was gathered but is too little, by diagnostic, and why."""
+    unmeasured: dict[str, str] = {}
+    """Tensors that a decomposition left out, and why."""
     findings: tuple[Finding, ...] = ()
     cutoffs: Cutoffs = Cutoffs()
 
@@ -196,6 +224,16 @@ class Results(Record):
         return self.m_loss or (self.check.layers if self.check else ())
 
     @property
+    def units(self) -> tuple[LayerMLoss, ...]:
+        """The M-Loss rows of single layers, attentions and norms."""
+        return tuple(layer for layer in self.layers if layer.kind not in WHOLES)
+
+    @property
+    def wholes(self) -> tuple[LayerMLoss, ...]:
+        """The M-Loss rows of whole blocks and of the output."""
+        return tuple(layer for layer in self.layers if layer.kind in WHOLES)
+
+    @property
     def cosine_matrix(self) -> Matrix:
         """The cosines, else the check's predictor "cosine"."""
         held = self.check.predictors.get("cosine") if self.check and not self.cosines else None
@@ -271,7 +309,7 @@ def validated(kind: type[R], data: Mapping[str, Any], *, where: str) -> R:
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise DataError(_sentence(error, where)) from error
+        raise DataError(sentence(error, where)) from error
 
 
 def read_results(folder: Path) -> Results:
@@ -280,7 +318,8 @@ def read_results(folder: Path) -> Results:
     Raises:
         DataError: no readable `results.json` there, or one that breaks the contract.
     """
-    return validated(Results, _read_object(folder / RESULTS_FILE), where=str(folder / RESULTS_FILE))
+    path = folder / RESULTS_FILE
+    return _with_nodes(validated(Results, read_object(path), where=str(path)))
 
 
 def read_check(path: Path) -> Check:
@@ -289,11 +328,13 @@ def read_check(path: Path) -> Check:
     Raises:
         DataError: the file cannot be read or breaks the contract.
     """
-    return validated(Check, _read_object(path), where=str(path))
+    return validated(Check, read_object(path), where=str(path))
 
 
 def write_results(folder: Path, results: Results) -> Path:
     """Write `results.json` into `folder` in one step, and return its path.
+
+    The node values of a check stand in `m_loss` alone where both have the same rows.
 
     Raises:
         DataError: an added field holds NaN or infinity.
@@ -302,7 +343,7 @@ def write_results(folder: Path, results: Results) -> Path:
     try:
         fields = [
             f"{json.dumps(name)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}"
-            for name, value in results.model_dump(mode="python").items()
+            for name, value in _without_twins(results).model_dump(mode="python").items()
         ]
     except ValueError as error:
         raise DataError(
@@ -311,56 +352,24 @@ def write_results(folder: Path, results: Results) -> Path:
     return write_text(folder / RESULTS_FILE, "{" + ",\n ".join(fields) + "}\n")
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a whole text file under a temporary name, then rename it.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); choose another folder."
-        ) from error
-    return path
+def _without_twins(results: Results) -> Results:
+    """Return the results without the node values that stand in `m_loss` as well."""
+    check = results.check
+    if check is None or check.layers != results.m_loss:
+        return results
+    bare = tuple(layer.model_copy(update={"node": ()}) for layer in check.layers)
+    return results.model_copy(update={"check": check.model_copy(update={"layers": bare})})
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise DataError(f"{path} holds {constant}, which is not JSON; write null instead.")
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); name a folder that `mergewell demo` wrote."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text at byte {error.start}; make it again."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON at line {error.lineno}, column {error.colno}; make it again."
-        ) from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path} holds no JSON object; make it again.")
-    return data  # pyright: ignore[reportUnknownVariableType]
-
-
-def _sentence(error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{where} lacks {field!r}; make it again with this version of mergewell."
-    if field == "version":
-        return f"{where} is of version {first['input']!r}, but 1 is read here; update mergewell."
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "finite_number":
-        reason = "it is NaN or infinite; give null or leave it out"
-    shown = "" if isinstance(first["input"], dict | list | Record) else f" = {first['input']!r}"
-    return f"{where}: {field or 'the whole'}{shown} is refused: {reason}."
+def _with_nodes(results: Results) -> Results:
+    """Return the results with the check's node values taken from `m_loss`, as they were written."""
+    check = results.check
+    if check is None or len(check.layers) != len(results.m_loss):
+        return results
+    full = tuple(
+        layer.model_copy(update={"node": twin.node})
+        if not layer.node and (layer.layer, layer.kind) == (twin.layer, twin.kind)
+        else layer
+        for layer, twin in zip(check.layers, results.m_loss, strict=True)
+    )
+    return results.model_copy(update={"check": check.model_copy(update={"layers": full})})

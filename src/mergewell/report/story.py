@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from mergewell.report.numbers import counted, fixed, in_words, number, percent
-from mergewell.report.results import Cutoffs, Finding, LayerMLoss, Level, Merge, Results
+from mergewell.report.numbers import counted, fixed, in_words, percent
+from mergewell.report.results import Cutoffs, LayerMLoss, Level, Merge, Results
 
 WELL, PARTLY = 0.95, 0.75
 """Retention from which a merge is called good, and fair."""
@@ -33,6 +33,19 @@ class Merit:
     high: float | None
     worst_task: str
     worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """How one merge compares with the ensemble, as means over the tasks."""
+
+    method: str
+    agreement: float | None
+    """Share of inputs on which both choose the same answer."""
+    kl: float | None
+    """KL divergence from the ensemble, in nats."""
+    gap: float | None
+    """Accuracy of the merge minus that of the ensemble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +90,21 @@ def as_good(merits: Sequence[Merit]) -> tuple[str, ...]:
     return tuple(merit.method for merit in merits[1:] if merit.mean >= merits[0].low)
 
 
-def measure(finding: Finding) -> tuple[str, str]:
-    """Return a finding's number for people and its unit; both empty without a number."""
-    if finding.value is None:
-        return "", ""
-    for word in ("fraction", "relative"):
-        if finding.unit.startswith(word):
-            return percent(finding.value), finding.unit.removeprefix(word).strip()
-    return number(finding.value), finding.unit
+def against_ensemble(results: Results) -> tuple[Against, ...]:
+    """Return each merge beside the ensemble, best merge first; empty where nothing is known."""
+    ensemble = _mean(results.accuracy.ensemble)
+    rows: list[Against] = []
+    for merit in ranking(results):
+        merged = _mean(results.accuracy.merged[merit.method])
+        gap = merged - ensemble if merged is not None and ensemble is not None else None
+        agreement = _mean(results.agreement.get(merit.method, {}))
+        rows.append(Against(merit.method, agreement, _mean(results.kl.get(merit.method, {})), gap))
+    known = any(row.agreement is not None or row.kl is not None for row in rows)
+    return tuple(rows) if known else ()
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return math.fsum(values.values()) / len(values) if values else None
 
 
 def verdict(results: Results) -> Verdict:
@@ -111,11 +131,11 @@ def verdict(results: Results) -> Verdict:
 
 
 def check_level(results: Results) -> Level:
-    """Return the check's own level, else its worst finding, else its worst layer."""
+    """Return the check's own level, else its worst deciding finding, else its worst layer."""
     check = results.check
     if check and check.level:
         return check.level
-    held = [finding.level for finding in check.findings] if check else []
+    held = [finding.level for finding in check.findings if finding.decides] if check else []
     held = held or [results.cutoffs.level(layer.relative) for layer in results.layers]
     return "poor" if "poor" in held else "fair" if "fair" in held else "good"
 
@@ -212,9 +232,9 @@ def reasons(results: Results) -> tuple[str, ...]:
         said.append(f"The base alone, without any merge, has {share} of the experts’ accuracy.")
     if best.worst_task:
         said.append(f"Its weakest task is {best.worst_task}, where it keeps {percent(best.worst)}.")
-    if results.layers:
+    if results.units:
         said.append(
-            f"Layer by layer M-Loss is {_levels(results.layers, results.cutoffs)}; small gaps "
+            f"Layer by layer M-Loss is {_levels(results.units, results.cutoffs)}; small gaps "
             "add up over the layers."
         )
     return tuple(said)
