@@ -14,7 +14,9 @@ from mergewell.run import merge_tensors
 from mergewell.tensor_group import CHUNK
 
 SETTINGS: list[dict[str, object]] = [
-    *({"name": name} for name in METHODS.names()),
+    *({"name": n} for n in METHODS.names() if not METHODS.get(n).needs.calibration),
+    {"name": "m_ties", "budget": "none"},  # guided: tests/test_guidance.py
+    {"name": "m_dare", "budget": "none"},
     {"name": "arcee_fusion", "spread": 0.0},
     {"name": "breadcrumbs", "combine": "agreeing", "rescale": "norm", "gamma": 0.05},
     {"name": "breadcrumbs", "trim_scope": "row"},
