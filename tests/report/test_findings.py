@@ -27,7 +27,7 @@ def test_findings_show_percentages_where_they_are_shares() -> None:
     assert shown(0.05, "relative M-Loss") == ("5.0\N{NO-BREAK SPACE}%", "M-Loss")
     assert shown(2.04, "largest / smallest norm") == ("2.04", "largest / smallest norm")
     assert shown(None, "fraction") == ("", "")
-    assert shown(0.0000072, "fraction")[0] == "0.00072\N{NO-BREAK SPACE}%"
+    assert shown(0.0000072, "fraction")[0] == "7.2e−4\N{NO-BREAK SPACE}%"
     assert shown(0.99973, "cosine")[0] == "0.9997"
     assert shown(0.95, "cosine")[0] == "0.950"
 

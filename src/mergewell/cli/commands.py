@@ -207,32 +207,9 @@ def check(
         return
     if json_file is not None:
         Path(json_file).write_text(json.dumps(payload, allow_nan=False), encoding="utf-8")
-    _print_check(payload)
+    from mergewell.report.check_text import show_check
 
-
-def _print_check(found: dict[str, Any]) -> None:
-    mark = {"good": "+", "fair": "~", "poor": "!"}
-    print(found["verdict"])
-    for finding in found["findings"]:
-        print(f"\n{mark[finding['level']]} {finding['question']}\n  {finding['verdict']}")
-        if finding["advice"]:
-            print(f"  {finding['advice']}")
-    if found["layers"]:
-        print(f"\nM-Loss by layer (mode {found['mode']}, {found['samples']} inputs):")
-        width = max(len(layer["layer"]) for layer in found["layers"])
-        for layer in found["layers"]:
-            bar = "█" * min(30, round(60 * layer["relative"]))
-            print(
-                f"  {layer['layer']:<{width}}  {100 * layer['relative']:6.2f} %  "
-                f"{layer['verdict']}  {bar}".rstrip()
-            )
-    if found["uncovered"]:
-        print(f"\nNot covered by M-Loss: {len(found['uncovered'])} modules, by reason:")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in found["uncovered_reasons"].items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            print(f"  {', '.join(names)}: {reason}")
+    show_check(found, Console())
 
 
 def demo(out: Path | None, *, text: bool, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergewell.report.numbers import fine_percent, fixed, number, percent
-from mergewell.report.results import Check, Finding, LayerMLoss
+from mergewell.report.results import Check, Finding, LayerMLoss, Level
 
 STEPS = 4
 """Pieces of advice that are given at most."""
@@ -46,6 +46,15 @@ def compared(check: Check) -> tuple[Finding, ...]:
     """Return the findings that do not decide, worst level first."""
     others = (finding for finding in check.findings if not finding.decides)
     return tuple(sorted(others, key=lambda finding: _ORDER[finding.level]))
+
+
+def worst_level(check: Check) -> Level:
+    """Return the worst level of the findings that decide, else of the layers."""
+    held = [finding.level for finding in check.findings if finding.decides]
+    held = held or [check.cutoffs.level(layer.relative) for layer in check.layers]
+    order: tuple[Level, ...] = ("poor", "fair")
+    found: list[Level] = [level for level in order if level in held]
+    return found[0] if found else "good"
 
 
 def next_steps(check: Check) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ def percent(fraction: float, digits: int = 1) -> str:
 def fine_percent(fraction: float) -> str:
     """Return a fraction as a percentage of two significant digits: 0.000357 is "0.036 %"."""
     size = abs(100 * fraction)
+    if 0 < size < 1e-3:
+        return number(100 * fraction, 2) + PERCENT
     return percent(fraction, 0 if size >= 9.95 else 1 if size >= 0.995 else _digits(size))
 
 
@@ -60,7 +62,7 @@ def seconds(value: float) -> str:
 
 
 def _digits(size: float) -> int:
-    return min(1 - math.floor(math.log10(size)), 9) if size else 0
+    return 1 - math.floor(math.log10(size)) if size else 0
 
 
 def signed(text: str) -> str:

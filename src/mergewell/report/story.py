@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from mergewell.report.findings import worst_level
 from mergewell.report.numbers import counted, fixed, in_words, percent
 from mergewell.report.results import Cutoffs, LayerMLoss, Level, Merge, Results
 
@@ -135,8 +136,9 @@ def check_level(results: Results) -> Level:
     check = results.check
     if check and check.level:
         return check.level
-    held = [finding.level for finding in check.findings if finding.decides] if check else []
-    held = held or [results.cutoffs.level(layer.relative) for layer in results.layers]
+    if check and (check.findings or not results.layers):
+        return worst_level(check)
+    held = [results.cutoffs.level(layer.relative) for layer in results.layers]
     return "poor" if "poor" in held else "fair" if "fair" in held else "good"
 
 
