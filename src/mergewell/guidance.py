@@ -180,7 +180,7 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
     tensors: dict[str, list[Nodes]] = {}
     left_out: dict[str, str] = {}
     for nodes, parameter, dim in places:
-        name = _named(parameter, models[0])
+        name = parameter_name(parameter, models[0])
         if name is None:
             raise PlanError(
                 f"{path} measured {parameter}, which {models[0].path} lacks; calibrate the models "
@@ -240,7 +240,7 @@ def _check_models(
             )
 
 
-def _named(parameter: str, checkpoint: Checkpoint) -> str | None:
+def parameter_name(parameter: str, checkpoint: Checkpoint) -> str | None:
     """Return a parameter's name in the checkpoint, which may have or lack a prefix."""
     if parameter in checkpoint:
         return checkpoint.aliases.get(parameter, parameter)
