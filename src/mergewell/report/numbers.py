@@ -28,6 +28,14 @@ def fine_percent(fraction: float) -> str:
     return percent(fraction, 0 if size >= 9.95 else 1 if size >= 0.995 else _digits(size))
 
 
+def points(difference: float) -> str:
+    """Return a difference of two fractions in percentage points with its sign: "+1.3", "−0.04"."""
+    size = abs(100 * difference)
+    digits = 1 if size >= 0.995 or not size else min(_digits(size), 4)
+    shown = fixed(100 * difference, digits)
+    return f"+{shown}" if difference > 0 else shown
+
+
 def percent_range(low: float, high: float) -> str:
     """Return an interval of fractions as "91.8–94.9 %"."""
     return f"{percent(low).removesuffix(PERCENT)}–{percent(high)}"

@@ -198,7 +198,7 @@ def _against_ensemble(results: Results) -> dict[str, Any]:
     ]
     title = "agreement with the ensemble"
     bars = figures.accuracy_bars(series, MEAN, title=title) if series else ""
-    return {"difference": place_figures.difference, "against": rows, "agreement_bars": Markup(bars)}
+    return {"points": numbers.points, "against": rows, "agreement_bars": Markup(bars)}
 
 
 def _names(results: Results) -> tuple[str, ...]:

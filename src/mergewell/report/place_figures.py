@@ -1,4 +1,4 @@
-"""The small charts of a value by place, and of one layer's M-Loss in two merges.
+"""The small charts of a value by place: by block, by tensor, by pair.
 
 Axes end with the data, and the figure's numbers say where.
 """
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mergewell.report import svg
-from mergewell.report.layer_figures import NARROW, WIDE, axis_end
-from mergewell.report.numbers import counted, percent
+from mergewell.report.numbers import counted
 
 POINTS = 64
 """Dots of a chart; of more places, neighbours are pooled to their mean."""
@@ -28,15 +27,6 @@ class Point:
     first: str
     last: str
     value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One layer's relative M-Loss in two merges."""
-
-    layer: str
-    one: float
-    other: float
 
 
 def pooled(values: Mapping[str, float], count: int = POINTS) -> tuple[Point, ...]:
@@ -102,49 +92,6 @@ def place_chart(
         last = {"class": f"tick end {room}", "x": "100%", "y": foot}
         svg.add(root, "text", last, ends[1])
     return svg.written(root)
-
-
-def pair_chart(pairs: Sequence[Pair], names: tuple[str, str]) -> str:
-    """Draw each layer's relative M-Loss in two merges: a ring for one, a disc for the other."""
-    row, foot = 21, 22
-    longest = axis_end(max(max(pair.one, pair.other) for pair in pairs))
-    worse = sum(pair.other > pair.one for pair in pairs)
-    root = svg.figure(
-        "layers pairs",
-        f"Relative M-Loss by layer: {names[1]} has more than {names[0]} in {worse} of "
-        f"{counted(len(pairs), 'layer')}",
-        row * len(pairs) + foot,
-    )
-    plot = svg.add(root, "svg", {"class": "plot", "x": "35%", "width": "44%", "height": "100%"})
-    for at in (0.0, longest / 2, longest):
-        x = svg.share(at / longest)
-        line = {"class": "grid", "x1": x, "x2": x, "y1": 0, "y2": row * len(pairs)}
-        svg.add(plot, "line", line)
-        place = {"class": "tick middle", "x": x, "y": row * len(pairs) + 15}
-        svg.add(plot, "text", place, percent(at, 2 if longest < 0.1 else 0))
-    for index, pair in enumerate(pairs):
-        top = index * row
-        svg.label(root, pair.layer, y=top + 15, wide=WIDE, narrow=NARROW)
-        group = svg.add(plot, "g", {"class": "row"})
-        told = f"{names[0]} {percent(pair.one, 2)}, {names[1]} {percent(pair.other, 2)}"
-        svg.tip(group, f"{pair.layer}: {told}")
-        svg.add(group, "rect", {"class": "reach", "y": top, "width": "100%", "height": row})
-        ends = [svg.share(value / longest) for value in (pair.one, pair.other)]
-        line = {"class": "path", "x1": ends[0], "x2": ends[1], "y1": top + 10.5, "y2": top + 10.5}
-        svg.add(group, "line", line)
-        for x, kind, size in ((ends[0], "one", 4.5), (ends[1], "other", 3)):
-            svg.add(
-                group, "circle", {"class": f"spot {kind}", "cx": x, "cy": top + 10.5, "r": size}
-            )
-        place = {"class": "value end", "x": "100%", "y": top + 15}
-        svg.add(root, "text", place, difference(pair.other - pair.one))
-    return svg.written(root)
-
-
-def difference(value: float) -> str:
-    """Return a difference of two fractions with its sign, in percentage points."""
-    text = percent(value, 2 if abs(value) < 0.1 else 1)
-    return text if value <= 0 or text.startswith("<") else f"+{text}"
 
 
 def _span(point: Point) -> str:
