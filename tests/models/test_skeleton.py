@@ -87,6 +87,20 @@ def test_a_factory_that_looks_at_values_works_too() -> None:
     assert torch.equal(bones.module(torch.ones(2)), torch.full((2,), 2.0))
 
 
+def test_weights_lie_as_the_factory_laid_them() -> None:
+    def channels_last() -> nn.Module:
+        return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    weight = torch.randn(4, 3, 3, 3)
+    bones = skeleton(channels_last, {"weight": weight, "bias": torch.zeros(4)})
+    with bones.filled() as module:
+        assert module.weight.stride() == (27, 1, 9, 3)
+    bones.load([""])
+    assert bones.module.weight.stride() == (27, 1, 9, 3) and torch.equal(
+        bones.module.weight, weight
+    )
+
+
 def test_used_weights_are_fetched_and_stay() -> None:
     state = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
     bones = skeleton(lambda: nn.Linear(2, 2), state)

@@ -42,11 +42,15 @@ class Skeleton:
         Raises:
             ModelError: names or shapes do not fit the module; see `load_state`.
         """
-        self.module = _hollow(copy.deepcopy(prototype))
+        self.module = copy.deepcopy(prototype)
+        # convolutions are quicker, and round otherwise, where the channels lie side by side
+        strides = {name: t.stride() for name, t in self.module.state_dict(keep_vars=True).items()}
+        _exchange(self.module, _absent_like)
         self._read = read
         self._targets = self.module.state_dict(keep_vars=True)
         self._names, self.loaded = _fitted(self.module, specs)
         held = {name: id(self._targets[name]) for name in self._targets}
+        self._strides = {id(t): strides[name] for name, t in self._targets.items()}
         self._places = {target: name for name, target in held.items() if target in self._names}
         self._absent = {id(t): _absent_like(t) for t in self._targets.values()}
         self._present: set[int] = set()
@@ -100,7 +104,8 @@ class Skeleton:
             for place in absent:
                 target = targets[place]
                 count = target.numel() * target.dtype.itemsize
-                self._put(place, zeros[:count].view(target.dtype).view(target.shape))
+                laid = zeros[:count].view(target.dtype)
+                self._put(place, laid.as_strided(target.shape, self._strides[place]))
             yield self.module
         finally:
             for place in absent:
@@ -120,8 +125,13 @@ class Skeleton:
             return
         for name, tensor in self._read(tuple(sorted(wanted))):
             target = wanted[name]
-            dtype = self._targets[self._places[target]].dtype
-            self._put(target, tensor.detach().to(dtype))
+            values = tensor.detach().to(self._targets[self._places[target]].dtype)
+            if values.stride() != self._strides[target]:
+                laid = torch.empty_strided(
+                    values.shape, self._strides[target], dtype=values.dtype, device=values.device
+                )
+                values = laid.copy_(values)
+            self._put(target, values)
             self._present.add(target)
 
     def _put(self, target: int, values: Tensor) -> None:
@@ -214,11 +224,6 @@ def without_weights(factory: Callable[[], nn.Module]) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False
     return module.eval()
-
-
-def _hollow(module: nn.Module) -> nn.Module:
-    _exchange(module, _absent_like)
-    return module
 
 
 def _exchange(module: nn.Module, made: Callable[[nn.Parameter], Tensor]) -> None:
