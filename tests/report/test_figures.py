@@ -19,6 +19,10 @@ def layer(name: str, relative: float, *node: float) -> LayerMLoss:
     )
 
 
+def node_map(layers: list[LayerMLoss], *, many: bool = False) -> str:
+    return layer_figures.node_map(layers, layer_figures.shade_range(layers), many=many)
+
+
 def parsed(drawing: str) -> Element:
     root = ElementTree.fromstring(drawing)
     assert root.get("role") == "img"
@@ -137,7 +141,7 @@ def test_axes_end_at_round_numbers(largest: float, end: float) -> None:
 
 def test_kinds_are_told_apart_by_a_word() -> None:
     rows = [layer("h.0.mlp", 0.1), layer("h.0.attn", 0.1).model_copy(update={"kind": "attention"})]
-    for drawing in (layer_figures.layer_bars(rows, Cutoffs()), layer_figures.node_map(rows)):
+    for drawing in (layer_figures.layer_bars(rows, Cutoffs()), node_map(rows)):
         told = [text.text for text in marked(parsed(drawing), "kind")]
         assert told == ["activation", "act", "attention", "attn"]
     assert not marked(parsed(layer_figures.layer_bars(rows[:1], Cutoffs())), "kind")
@@ -150,9 +154,25 @@ def test_of_very_many_layers_the_worst_get_bars_and_all_get_low_rows() -> None:
     assert min(a.relative for a in drawn) == pytest.approx((200 - layer_figures.WORST + 1) / 1000)
     assert [rows.index(a) for a in drawn] == sorted(rows.index(a) for a in drawn)
     assert len(layer_figures.drawn_bars(rows[:48])) == 48
-    root = parsed(layer_figures.node_map(rows))
-    assert float(root.get("height", "")) < 1500
+    ((name, drawing),) = layer_figures.node_maps(rows)
+    root = parsed(drawing)
+    assert name == "" and float(root.get("height", "")) < 1500
     assert len(marked(root, "wide")) == 67
+
+
+def test_of_very_many_layers_every_kind_has_a_map_and_shades_are_common() -> None:
+    rows = [
+        layer(f"h.{i}.{kind}", 0.5 if kind == "norm" else 0.001).model_copy(update={"kind": kind})
+        for i in range(60)
+        for kind in ("norm", "attention")
+    ]
+    maps = layer_figures.node_maps(rows)
+    assert [name for name, _ in maps] == ["norm", "attention"]
+    worst, least = (parsed(drawing) for _, drawing in maps)
+    assert len(marked(worst, "shade-7")) == len(marked(least, "shade-1")) == 60
+    ((name, _),) = layer_figures.node_maps(rows[:90])
+    assert name == ""
+    assert layer_figures.node_maps([]) == ()
 
 
 def test_shades_have_numbers_where_they_meet() -> None:
@@ -169,7 +189,7 @@ def test_identical_experts_draw_empty_bars_and_the_palest_cells() -> None:
     layers = [layer("one", 0.0, 0.0, 0.0), layer("two", 0.0)]
     bars = marked(parsed(layer_figures.layer_bars(layers, Cutoffs(fair=0.0, poor=0.0))), "bar")
     assert [width(bar) for bar in bars] == [0, 0]
-    assert len(marked(parsed(layer_figures.node_map(layers)), "shade-0")) == 3
+    assert len(marked(parsed(node_map(layers)), "shade-0")) == 3
     parsed(layer_figures.layer_strip(layers, Cutoffs(fair=0.0, poor=0.0)))
 
 
@@ -186,7 +206,7 @@ def test_node_groups_cover_every_node_once() -> None:
 
 
 def test_the_node_map_tells_layer_nodes_and_value() -> None:
-    root = parsed(layer_figures.node_map([layer("conv", 0.1, *[0.5] * 64), layer("fc", 0.4, 5.0)]))
+    root = parsed(node_map([layer("conv", 0.1, *[0.5] * 64), layer("fc", 0.4, 5.0)]))
     cells = marked(root, "cell")
     assert len(cells) == 32 + 1
     assert titles(root)[1] == f"conv, nodes 2–3: M-Loss {percent(0.1, 0)}"
@@ -232,6 +252,6 @@ def test_the_strip_has_a_bar_a_layer_whose_height_tells_the_loss() -> None:
 def test_hostile_names_stay_text(example: dict[str, Any]) -> None:
     name = "</title><script>alert(1)</script>"
     drawing = layer_figures.layer_bars([layer(name, 0.1)], Cutoffs())
-    drawing += layer_figures.node_map([layer(name, 0.1)])
+    drawing += node_map([layer(name, 0.1)])
     drawing += figures.cosine_matrix((name, "b"), ((1.0, 0.0), (0.0, 1.0)))
     assert "<script" not in drawing

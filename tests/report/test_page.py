@@ -12,7 +12,7 @@ from mergewell.report import figures, layer_figures
 from mergewell.report.findings import shown as shown_value
 from mergewell.report.numbers import fine_percent, fixed, number, percent
 from mergewell.report.page import render_page, write_check_page, write_page
-from mergewell.report.results import Results, validated, write_results
+from mergewell.report.results import Check, Results, validated, write_results
 
 Data = dict[str, Any]
 
@@ -186,6 +186,27 @@ def crowd(example: Data) -> Data:
     }
 
 
+def deep() -> Data:
+    """The check of an LLM of 30 blocks: units of every kind, heads and theory."""
+    layers: list[Data] = []
+    for block in range(30):
+        size = 0.002 * 1.15**block
+        for part, kind in (("input_layernorm", "norm"), ("self_attn", "attention"),
+                           ("mlp.gate_proj", "gated"), ("mlp.down_proj", "activation"),
+                           ("", "block")):  # fmt: skip
+            name = f"model.layers.{block}.{part}".rstrip(".")
+            layers.append(
+                {"layer": name, "kind": kind, "activation": kind, "nodes": 40, "absolute": size}
+                | {"relative": size, "node": [size * (i % 7 + 1) for i in range(40)]}
+                | ({"heads": [size] * 8} if kind == "attention" else {})
+                | ({"ratio": 0.5 + size, "expected_gap": size} if kind == "gated" else {})
+            )
+    return {"base": "b", "experts": ["x", "y"], "samples": 8, "mode": "own", "layers": layers} | {
+        "verdict": "They merge.",
+        "findings": [{"question": "?", "verdict": "Yes.", "level": "good"}],
+    }
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, unchanged_example: Data) -> Path:
     folder = tmp_path_factory.mktemp("pages")
@@ -196,6 +217,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, unchanged_example: Data) -> 
     write_check_page(results.check, folder / "check.html")
     crowded = validated(Results, crowd(unchanged_example), where="crowded")
     (folder / "crowded.html").write_text(render_page(crowded), encoding="utf-8")
+    write_check_page(validated(Check, deep(), where="deep"), folder / "deep.html")
     return folder
 
 
@@ -254,9 +276,19 @@ def test_the_page_fits_and_shows_its_verdict(
 
 
 @pytest.mark.parametrize("width", [360, 720, 961, 1600])
-@pytest.mark.parametrize("name", ["index.html", "crowded.html"])
+@pytest.mark.parametrize("name", ["index.html", "crowded.html", "deep.html"])
 def test_widths_between_fit_too(pages: Path, browser: Any, *, name: str, width: int) -> None:
     browser.open(pages / name, width=width)
+    for sought in (STICKS_OUT, OVERLAPS, RUNS_INTO):
+        assert browser.ask(sought) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_deep_network_stays_readable(pages: Path, browser: Any, width: int) -> None:
+    browser.open(pages / "deep.html", width=width)
+    assert browser.ask("document.querySelectorAll('#layers .layers .bar').length") == 24
+    assert browser.ask("document.querySelectorAll('#nodes svg.figure').length") == 4
+    assert browser.ask("document.documentElement.scrollHeight") < 16000
     for sought in (STICKS_OUT, OVERLAPS, RUNS_INTO):
         assert browser.ask(sought) == []
 

@@ -105,3 +105,25 @@ def test_the_reasons_name_what_supports_the_verdict(example: Data) -> None:
     assert "86.3" in first and "94.9" in first and "the ensemble 83.4" in first
     assert second.startswith("Its weakest task is sign_digits")
     assert "of 34 layers" in third
+
+
+def test_the_head_that_loses_most_is_named() -> None:
+    rows = [
+        LayerMLoss(
+            layer=name, activation="attention", nodes=1, absolute=0, relative=0,
+            kind="attention", heads=heads,
+        )
+        for name, heads in (("h.0", (0.01, 0.02)), ("h.1", (0.03, 0.5, 0.01)))
+    ]  # fmt: skip
+    said = story.head_sentence(rows)
+    assert "median of 5 heads loses 2.00" in said and "head 1 of h.1, 50.00" in said
+    assert story.head_sentence([]) == ""
+
+
+def test_merges_stand_beside_the_ensemble_best_first(example: Data) -> None:
+    first, *_, last = story.against_ensemble(told(example))
+    assert (first.method, last.method) == ("ties", "average")
+    assert first.gap == pytest.approx((0.956 + 0.821 + 0.873 + 0.802) / 4 - 0.834)
+    assert first.agreement == pytest.approx(0.86)
+    example["agreement"] = example["kl"] = {}
+    assert story.against_ensemble(told(example)) == ()

@@ -31,6 +31,9 @@ BARS = 48
 WORST = 24
 """Bars where there are too many layers for all."""
 
+ROWS = 96
+"""Rows of the node map from which they are low, and stand by kind."""
+
 TALL, LOW, NAMED = 19, 7, 3
 """Pixels of a row of the node map, for few and many layers; which rows of many are named."""
 
@@ -155,11 +158,24 @@ def layer_strip(layers: Sequence[LayerMLoss], cutoffs: Cutoffs, height: int = 40
     return svg.written(root)
 
 
-def node_map(layers: Sequence[LayerMLoss]) -> str:
-    """Draw M-Loss by node: a row a layer, a cell a group of nodes, a logarithmic shade."""
+def node_maps(layers: Sequence[LayerMLoss]) -> tuple[tuple[str, str], ...]:
+    """Return one map of all layers, or of very many a map a kind, named, with common shades."""
+    drawn = [layer for layer in layers if layer.node]
+    many, ends = len(drawn) > ROWS, shade_range(drawn)
+    kinds = list(dict.fromkeys(layer.kind for layer in drawn)) if many else []
+    if len(kinds) < 2:
+        return (("", node_map(drawn, ends, many=many)),) if drawn else ()
+    parts = [(kind, [layer for layer in drawn if layer.kind == kind]) for kind in kinds]
+    return tuple((kind, node_map(part, ends, many=True)) for kind, part in parts)
+
+
+def node_map(layers: Sequence[LayerMLoss], ends: tuple[float, float], *, many: bool = False) -> str:
+    """Draw M-Loss by node: a row a layer, a cell a group of nodes, a logarithmic shade.
+
+    `ends` are those of the shades; of `many` layers rows are low and only some are named.
+    """
     drawn = [(layer, node_groups(layer)) for layer in layers if layer.node]
-    many = len(drawn) > 2 * BARS
-    row, low_end, high_end = LOW if many else TALL, *shade_range(layers)
+    row, (low_end, high_end) = LOW if many else TALL, ends
     root = svg.figure(
         "nodes many" if many else "nodes",
         f"Relative M-Loss of groups of nodes in {counted(len(drawn), 'layer')}, "

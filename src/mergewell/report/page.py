@@ -112,11 +112,12 @@ def _drawn(results: Results) -> dict[str, Any]:
         "axis_end": layer_figures.axis_end(max((a.relative for a in layers), default=0.0)),
         "layer_bars": _figure(layer_figures.layer_bars, layer_figures.drawn_bars(layers), cutoffs),
         "whole_bars": _figure(layer_figures.layer_bars, layer_figures.drawn_bars(wholes), cutoffs),
-        "node_map": Markup(layer_figures.node_map(layers)) if any(a.node for a in layers) else "",
+        "node_maps": [(name, Markup(drawing)) for name, drawing in layer_figures.node_maps(layers)],
         "node_groups": layer_figures.node_groups,
         "shades": layer_figures.SHADES,
         "shade_range": layer_figures.shade_range(layers),
         "shade_edges": layer_figures.shade_edges(*layer_figures.shade_range(layers)),
+        "head_sentence": story.head_sentence(layers),
         "headed": [layer for layer in layers if layer.heads],
         **_against_ensemble(results),
         "cosine_matrix": (

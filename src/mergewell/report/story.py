@@ -169,6 +169,21 @@ def node_sentence(layers: Sequence[LayerMLoss]) -> str:
     )
 
 
+def head_sentence(layers: Sequence[LayerMLoss]) -> str:
+    """Return which attention head loses most; empty without heads."""
+    heads = [
+        (value, index, layer.layer) for layer in layers for index, value in enumerate(layer.heads)
+    ]
+    if not heads:
+        return ""
+    value, index, name = max(heads, key=lambda head: head[0])
+    middle = median(value for value, _, _ in heads)
+    return (
+        f"The median of {counted(len(heads), 'head')} loses {percent(middle, 2)} of its output; "
+        f"most loses head {index} of {name}, {percent(value, 2)}."
+    )
+
+
 def concentration(node: Sequence[float]) -> float:
     """Return the least fraction of nodes that together make half of the layer's M-Loss."""
     half, reached = math.fsum(node) / 2, 0.0
