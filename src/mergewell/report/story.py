@@ -260,4 +260,5 @@ def reasons(results: Results) -> tuple[str, ...]:
 def _levels(layers: Sequence[LayerMLoss], cutoffs: Cutoffs) -> str:
     poor = sum(cutoffs.level(layer.relative) == "poor" for layer in layers)
     good = sum(cutoffs.level(layer.relative) == "good" for layer in layers)
-    return f"good in {good} of {counted(len(layers), 'layer')} and poor in {poor}"
+    said = f"good in {good} of {counted(len(layers), 'layer')}"
+    return f"{said} and poor in {poor}" if poor else said
