@@ -170,3 +170,19 @@ def test_node_values_are_written_once(example: Data, tmp_path: Path) -> None:
     written = json.loads(write_results(tmp_path, results).read_text())
     assert written["check"]["layers"][0]["node"] == example["m_loss"][0]["node"]
     assert read_results(tmp_path) == results
+
+
+def test_kinds_are_those_of_the_units() -> None:
+    from typing import get_args
+
+    from mergewell.models import units
+    from mergewell.report import results
+
+    assert get_args(results.Kind) == get_args(units.Kind)
+
+
+def test_wholes_stand_apart_from_units(example: Data) -> None:
+    results = validated(Results, example, where="example")
+    assert [layer.kind for layer in results.wholes] == ["block", "block", "output"]
+    assert len(results.units) == 34
+    assert {layer.kind for layer in results.units} == {"activation", "attention"}
