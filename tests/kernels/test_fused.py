@@ -22,7 +22,7 @@ from mergewell.statistics.magnitude import MagnitudeThreshold
 from mergewell.statistics.selected_energy import SelectedEnergy
 from mergewell.tensor_group import CHUNK, TensorGroup
 
-SIZE = 3 * CHUNK - 20_001
+SIZE = 2 * CHUNK - 20_001
 DTYPES = [torch.bfloat16, torch.float32]
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("average", {}, 3),
@@ -229,8 +229,14 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare", "breadcrumbs"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (float("nan"), torch.bfloat16), (-float("inf"), torch.bfloat16), (1e30, torch.bfloat16),
+        (float("nan"), torch.float32),
+    ],
+    ids=str,
+)
 def test_what_is_not_finite_is_seen_in_every_model(
     name: str, value: float, dtype: torch.dtype
 ) -> None:
@@ -239,12 +245,12 @@ def test_what_is_not_finite_is_seen_in_every_model(
         tensors = [tensor.clone() for tensor in models(dtype, 2)]
         tensors[spoiled][SIZE - 7] = value
         made = {s: s.measure([group(tensors)])["layer.weight"] for s in method.statistics()}
-        merged = kernels.merge(method, raw(tensors, made, slice(CHUNK, SIZE)))
+        merged = kernels.merge(method, raw(tensors, made, slice(CHUNK // 2, SIZE)))
         assert merged is not None
         assert merged.finite == (value == 1e30)
     tensors = models(dtype, 2)
     made = {s: s.measure([group(tensors)])["layer.weight"] for s in method.statistics()}
-    merged = kernels.merge(method, raw(tensors, made, slice(CHUNK, SIZE)))
+    merged = kernels.merge(method, raw(tensors, made, slice(CHUNK // 2, SIZE)))
     assert merged is not None
     assert merged.finite
 

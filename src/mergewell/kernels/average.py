@@ -16,6 +16,6 @@ def merge(method: Average, block: RawBlock) -> Fused:
     # summed by torch as the torch form does
     total = block.computed.type(torch.from_numpy(block.coefficients).sum().item())
     tally = ops.average(
-        block.experts, block.coefficients, total, method.normalize, block.reference, out
+        block.addresses, block.coefficients, total, method.normalize, block.reference, out
     )
     return Fused.of(out, tally)

@@ -69,6 +69,11 @@ class RawBlock:
     """Elements of a row; blocks for methods on rows hold whole ones."""
 
     @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where the experts' elements begin, [K]; valid while this block lives."""
+        return np.array([expert.ctypes.data for expert in self.experts], np.int64)
+
+    @property
     def computed(self) -> np.dtype[Any]:
         """The dtype to compute in."""
         return self.coefficients.dtype

@@ -22,7 +22,7 @@ def merge(method: Breadcrumbs, block: RawBlock) -> Fused | None:
     left = ties_left(value, block.offset).reshape(experts, 2).copy()
     out = np.empty_like(base)
     tally = sparse_ops.trim_and_combine(
-        base, block.experts, cuts, left, block.coefficients, combination(method, experts),
+        base, block.addresses, cuts, left, block.coefficients, combination(method, experts),
         block.computed.type(method.scale), out,
     )  # fmt: skip
     return Fused.of(out, tally)

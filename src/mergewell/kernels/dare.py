@@ -24,7 +24,7 @@ def merge(method: Dare, block: RawBlock) -> Fused | None:
     factors = 1 / densities if method.rescale == "density" else np.ones_like(densities)
     out = np.empty_like(base)
     tally = sparse_ops.drop_and_combine(
-        base, block.experts, block.offset, keys, limits, factors.astype(block.computed),
+        base, block.addresses, block.offset, keys, limits, factors.astype(block.computed),
         block.coefficients, combination(method, len(densities)), block.computed.type(method.scale),
         out,
     )  # fmt: skip

@@ -26,7 +26,7 @@ def merge(method: Della, block: RawBlock) -> Fused | None:
     bounds = np.stack([densities - spreads, 2 * spreads], axis=1).astype(computed)
     out = np.empty_like(base)
     tally = rank_ops.drop_by_rank_and_combine(
-        base, block.experts, block.row, block.offset,
+        base, block.addresses, block.row, block.offset,
         np.array([random_key(block.seed, block.name, k) for k in range(experts)]), bounds,
         method.rescale == "probability", block.coefficients, combination(method, experts),
         computed.type(method.scale), out,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 fused = njit(nogil=True, cache=True)
@@ -42,6 +42,23 @@ def _float_as_bits(_, value):
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), code
+
+
+@intrinsic
+def _pointer(_, address):
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), code
+
+
+@inlined
+def part_of(experts, k, start, stop, like):
+    """Return elements [start, stop) of the k-th expert, of the dtype of `like`.
+
+    experts: int64 [K], addresses: compiled loops then do not depend on how many there are.
+    """
+    return carray(_pointer(experts[k] + start * like.itemsize), stop - start, like.dtype)
 
 
 def load(array, i):
@@ -167,11 +184,11 @@ def average(experts, coefficients, total, normalize, reference, out) -> Any:
     tile = np.empty(TILE, coefficients.dtype)
     for start in range(0, out.size, TILE):
         stop = min(start + TILE, out.size)
-        c, expert = coefficients[0], experts[0][start:stop]
+        c, expert = coefficients[0], part_of(experts, 0, start, stop, out)
         for i in range(expert.size):
             tile[i] = c * load(expert, i)
-        for k in range(1, len(experts)):
-            c, expert = coefficients[k], experts[k][start:stop]
+        for k in range(1, experts.size):
+            c, expert = coefficients[k], part_of(experts, k, start, stop, out)
             for i in range(expert.size):
                 tile[i] = tile[i] + c * load(expert, i)
         part = out[start:stop]
@@ -196,12 +213,13 @@ def task_arithmetic(base, experts, coefficients, divisor, scale, out) -> Any:
     tile = np.empty(TILE, coefficients.dtype)
     for start in range(0, out.size, TILE):
         stop = min(start + TILE, out.size)
-        own, c, expert = base[start:stop], coefficients[0], experts[0][start:stop]
+        own, c = base[start:stop], coefficients[0]
+        expert = part_of(experts, 0, start, stop, out)
         for i in range(own.size):
             origin[i] = load(own, i)
             tile[i] = c * (load(expert, i) - origin[i])
-        for k in range(1, len(experts)):
-            c, expert = coefficients[k], experts[k][start:stop]
+        for k in range(1, experts.size):
+            c, expert = coefficients[k], part_of(experts, k, start, stop, out)
             for i in range(expert.size):
                 tile[i] = tile[i] + c * (load(expert, i) - origin[i])
         part = out[start:stop]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from mergewell.kernels.ops import LANES, TILE, count_marks, fused, load, magnitude_key
+from mergewell.kernels.ops import LANES, TILE, count_marks, fused, load, magnitude_key, part_of
 
 RUN = 32
 """Elements that are sampled together: what a line of the cache holds."""
@@ -24,26 +24,26 @@ BUCKETS = 2048
 def score(base, experts, which, start, stop, keys, scratch):
     """Put the keys of elements [start, stop) under score `which` into keys, at most TILE."""
     own, size = base[start:stop], stop - start
-    if which < len(experts):
-        expert = experts[which][start:stop]
+    if which < experts.size:
+        expert = part_of(experts, which, start, stop, base)
         for i in range(size):
             keys[i] = magnitude_key(load(expert, i) - load(own, i))
         return
     # as `statistics.selected_energy.variance` does it
     mean, summed = scratch[0], scratch[1]
-    first = experts[0][start:stop]
+    first = part_of(experts, 0, start, stop, base)
     for i in range(size):
         mean[i] = load(first, i) - load(own, i)
-    for k in range(1, len(experts)):
-        expert = experts[k][start:stop]
+    for k in range(1, experts.size):
+        expert = part_of(experts, k, start, stop, base)
         for i in range(size):
             mean[i] = mean[i] + (load(expert, i) - load(own, i))
-    count = mean.dtype.type(len(experts))
+    count = mean.dtype.type(experts.size)
     for i in range(size):
         mean[i] = mean[i] / count
         summed[i] = 0
-    for k in range(len(experts)):
-        expert = experts[k][start:stop]
+    for k in range(experts.size):
+        expert = part_of(experts, k, start, stop, base)
         for i in range(size):
             off = (load(expert, i) - load(own, i)) - mean[i]
             summed[i] = summed[i] + off * off

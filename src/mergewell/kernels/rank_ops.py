@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mergewell.kernels.ops import LANES, account, fused, load, magnitude_key, tallied, watch
+from mergewell.kernels.ops import (
+    LANES,
+    account,
+    fused,
+    load,
+    magnitude_key,
+    part_of,
+    tallied,
+    watch,
+)
 from mergewell.kernels.sparse_ops import TILE, combine, draw, even
 
 
@@ -79,8 +88,8 @@ def drop_by_rank_and_combine(
     share, last = np.empty(row, padded.dtype), np.float32(max(row - 1, 1))
     for begin in range(0, base.size, row):
         own = base[begin : begin + row]
-        for k in range(len(experts)):
-            expert, tau = experts[k][begin : begin + row], thinned[k]
+        for k in range(experts.size):
+            expert, tau = part_of(experts, k, begin, begin + row, base), thinned[k]
             low, range_ = bounds[k, 0], bounds[k, 1]
             watch(expert, marks[0])
             if range_ == 0 and low == 1:

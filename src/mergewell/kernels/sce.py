@@ -23,6 +23,6 @@ def merge(method: Sce, block: RawBlock) -> Fused | None:
     shares = (coefficients * weights.to(coefficients.dtype)).numpy()
     out = np.empty_like(base)
     tally = sparse_ops.select_and_combine(
-        base, block.experts, cut, left, shares, block.computed.type(method.scale), out
+        base, block.addresses, cut, left, shares, block.computed.type(method.scale), out
     )
     return Fused.of(out, tally)

@@ -43,7 +43,7 @@ class _Energy(OrderProgram):
         cut, left = selection(self._threshold(done, block.name, block.numel), block.offset)
         sums = np.zeros((-(-block.numel // CHUNK), len(block.experts)), np.float64)
         sparse_ops.energies(
-            block.base, block.experts, cut, left, CHUNK, block.coefficients,
+            block.base, block.addresses, cut, left, CHUNK, block.coefficients,
             sums[block.offset // CHUNK :],
         )  # fmt: skip
         return {f"{block.name}:energy": torch.from_numpy(sums)}

@@ -17,6 +17,7 @@ from mergewell.kernels.ops import (
     fused,
     load,
     magnitude_key,
+    part_of,
     store,
     tallied,
     watch,
@@ -166,9 +167,10 @@ def trim_and_combine(base, experts, cuts, left, coefficients, options, scale, ou
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
     keys, ties = np.empty(TILE, np.int32), np.empty(LANES, np.int32)
     for start in range(0, base.size, TILE):
-        own, part = base[start : start + TILE], out[start : start + TILE]
-        for k in range(len(experts)):
-            expert = experts[k][start : start + TILE]
+        stop = min(start + TILE, base.size)
+        own, part = base[start:stop], out[start:stop]
+        for k in range(experts.size):
+            expert = part_of(experts, k, start, stop, base)
             watch(expert, marks[0])
             trimmed(own, expert, cuts[k], left[k], taus[k], keys, ties)
         combine(taus, padded, options, scale, own, part, scratch)
@@ -213,9 +215,10 @@ def drop_and_combine(
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
     pairs, numbers = np.empty(TILE // 2 + 1, np.int64), np.empty(TILE, np.int32)
     for start in range(0, base.size, TILE):
-        own, part = base[start : start + TILE], out[start : start + TILE]
-        for k in range(len(experts)):
-            expert = experts[k][start : start + TILE]
+        stop = min(start + TILE, base.size)
+        own, part = base[start:stop], out[start:stop]
+        for k in range(experts.size):
+            expert = part_of(experts, k, start, stop, base)
             watch(expert, marks[0])
             draw(position + start, keys[k], own.size, pairs, numbers)
             dropped(own, expert, numbers, limits[k], factors[k], taus[k])
@@ -231,22 +234,22 @@ def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, t
     An entry is selected for all experts or for none; a cut of 0 with left < 0 selects all.
     """
     zero, size, own = taus.dtype.type(0), stop - start, base[start:stop]
-    for k in range(len(experts)):
-        expert, tau = experts[k][start:stop], taus[k]
+    for k in range(experts.size):
+        expert, tau = part_of(experts, k, start, stop, base), taus[k]
         for i in range(size):
             tau[i] = load(expert, i) - load(own, i)
     if cut == 0 and left < 0:
         return left
     mean, summed = scratch[0], scratch[1]
-    count = mean.dtype.type(len(experts))
-    for k in range(len(experts)):
+    count = mean.dtype.type(experts.size)
+    for k in range(experts.size):
         tau = taus[k]
         for i in range(size):
             mean[i] = (mean[i] if k else zero) + tau[i]
     for i in range(size):
         mean[i] = mean[i] / count
         summed[i] = zero
-    for k in range(len(experts)):
+    for k in range(experts.size):
         tau = taus[k]
         for i in range(size):
             summed[i] = summed[i] + (tau[i] - mean[i]) * (tau[i] - mean[i])
@@ -263,7 +266,7 @@ def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, t
             tied = keys[i] == cut
             hits[i] = keys[i] > cut or (tied and after > 0)
             after -= 1 if tied and after > 0 else 0
-    for k in range(len(experts)):
+    for k in range(experts.size):
         tau = taus[k]
         for i in range(size):
             tau[i] = tau[i] if hits[i] else zero
@@ -273,7 +276,7 @@ def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, t
 @fused
 def energies(base, experts, cut, left, chunk, like, sums):
     """Add the selected task vectors' squares to sums [n / chunk, K], float64."""
-    taus, scratch = np.empty((len(experts), TILE), like.dtype), np.empty((2, TILE), like.dtype)
+    taus, scratch = np.empty((experts.size, TILE), like.dtype), np.empty((2, TILE), like.dtype)
     keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
     ties = np.empty(LANES, np.int32)
     lanes = np.empty(LANES, np.float64)
@@ -282,7 +285,7 @@ def energies(base, experts, cut, left, chunk, like, sums):
         for start in range(begin, end, TILE):
             stop = min(start + TILE, end)
             left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
-            for k in range(len(experts)):
+            for k in range(experts.size):
                 lanes[:] = 0
                 for first in range(0, stop - start, LANES):
                     tau = taus[k, first : min(first + LANES, stop - start)]
@@ -303,9 +306,9 @@ def select_and_combine(base, experts, cut, left, coefficients, scale, out) -> An
     for start in range(0, base.size, TILE):
         stop = min(start + TILE, base.size)
         own, part = base[start:stop], out[start:stop]
-        for k in range(len(experts)):
-            watch(experts[k][start:stop], marks[0])
+        for k in range(experts.size):
+            watch(part_of(experts, k, start, stop, base), marks[0])
         left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
-        combine(taus, padded, (True, False, False, 2, len(experts)), scale, own, part, scratch)
+        combine(taus, padded, (True, False, False, 2, experts.size), scale, own, part, scratch)
         account(part, own, marks, lanes, sums)
     return tallied(marks, sums)

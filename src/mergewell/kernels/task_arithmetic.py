@@ -23,6 +23,6 @@ def merge(method: TaskArithmetic, block: RawBlock) -> Fused | None:
         divisor = total if abs(float(total)) >= 1e-8 else divisor
     out = np.empty_like(block.base)
     tally = ops.task_arithmetic(
-        block.base, block.experts, block.coefficients, divisor, computed(method.scale), out
+        block.base, block.addresses, block.coefficients, divisor, computed(method.scale), out
     )
     return Fused.of(out, tally)

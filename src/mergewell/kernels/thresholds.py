@@ -166,7 +166,7 @@ class OrderProgram(Program):
         scores = np.array(self.scores(block))
         keys = np.empty((len(scores), -(-block.base.size // stride) * RUN), np.int32)
         filled = order_ops.sample(
-            block.base, block.experts, scores, stride, block.coefficients, keys
+            block.base, block.addresses, scores, stride, block.coefficients, keys
         )
         place = f"{owner}:sample:{block.name}:{block.offset:020d}"
         return {
@@ -205,7 +205,7 @@ class OrderProgram(Program):
         tied = np.zeros((size, -(-block.numel // CHUNK)), np.int64)
         above, positive = np.zeros(size, np.int64), np.zeros(size, np.int64)
         order_ops.count(
-            block.base, block.experts, np.array([scores[rows[i].score] for i in open_rows]),
+            block.base, block.addresses, np.array([scores[rows[i].score] for i in open_rows]),
             np.stack([rows[i].bracket() for i in open_rows]), CHUNK, counts, tied[:, first:],
             above, positive, block.coefficients,
         )  # fmt: skip
@@ -223,7 +223,7 @@ class OrderProgram(Program):
         tied = np.zeros((len(rows), -(-block.numel // CHUNK)), np.int64)
         wanted = [row.key if row.cuts and not row.ties_known else -1 for row in rows]
         order_ops.count_ties(
-            block.base, block.experts, np.array([scores[row.score] for row in rows]),
+            block.base, block.addresses, np.array([scores[row.score] for row in rows]),
             np.array(wanted), CHUNK, tied[:, first:], block.coefficients,
         )  # fmt: skip
         return torch.from_numpy(tied)

@@ -27,7 +27,7 @@ def merge(method: Ties, block: RawBlock) -> Fused | None:
         return None
     out = np.empty_like(base)
     tally = sparse_ops.trim_and_combine(
-        base, block.experts, cuts, left, block.coefficients, combination(method, experts),
+        base, block.addresses, cuts, left, block.coefficients, combination(method, experts),
         block.computed.type(method.scale), out,
     )  # fmt: skip
     return Fused.of(out, tally)
