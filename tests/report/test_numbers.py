@@ -41,3 +41,11 @@ def test_lists_and_counts_read_as_english() -> None:
     assert numbers.listed(("a", "b", "c")) == "a, b and c"
     assert (numbers.counted(1, "layer"), numbers.counted(33, "layer")) == ("1 layer", "33 layers")
     assert (numbers.in_words(4), numbers.in_words(12)) == ("four", "12")
+
+
+def test_small_shares_and_differences_keep_two_figures() -> None:
+    told = [numbers.fine_percent(x) for x in (0, 0.0000072, 0.000357, 0.0075, 0.05, 0.364)]
+    plain = [text.replace("\N{NO-BREAK SPACE}", " ") for text in told]
+    assert plain == ["0 %", "7.2e−4 %", "0.036 %", "0.75 %", "5.0 %", "36 %"]
+    told = [numbers.points(x) for x in (0, 0.0125, -0.004, 0.063, -0.000078, 0.118)]
+    assert told == ["0.0", "+1.2", "−0.40", "+6.3", "−0.0078", "+11.8"]
