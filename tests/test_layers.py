@@ -11,7 +11,18 @@ SRC = Path(__file__).parent.parent / "src" / "mergewell"
 LAYERS = [
     {"errors", "component", "tensor_group", "storage", "statistics"},
     {"methods", "models", "kernels"},
-    {"recipe", "mergekit", "guidance", "plan", "changes", "run", "blocks", "jobs", "verify", "engines"},
+    {
+        "recipe",
+        "mergekit",
+        "guidance",
+        "plan",
+        "changes",
+        "run",
+        "blocks",
+        "jobs",
+        "verify",
+        "engines",
+    },
     {"diagnostics", "learners", "evaluate", "inputs", "calibration"}
     | {"companions", "explain", "labelled", "repair"},
     {"report", "tune", "advise", "check", "demo"},

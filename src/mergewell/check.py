@@ -91,7 +91,11 @@ def check(
         level=_worst(deciding),
         uncovered=tuple(uncovered),
         uncovered_reasons=uncovered,
-        findings=tuple(finding.as_data() for finding in findings),  # pyright: ignore[reportArgumentType]
+        findings=tuple(  # pyright: ignore[reportArgumentType]
+            finding.as_data() | {"decides": one.decides}
+            for one, finding in answers
+            if finding is not None
+        ),
         unanswered={name: why for name, why in objections.items() if why},
         unmeasured=dict(evidence.unmeasured),
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
@@ -100,6 +104,7 @@ def check(
 
 def layer_row(layer: LayerMLoss) -> LayerRow:
     """Return one layer's M-Loss as the contract writes it, with its verdict in words."""
+    theory = layer.theory
     return LayerRow.model_validate(
         {
             "layer": layer.layer,
@@ -109,8 +114,19 @@ def layer_row(layer: LayerMLoss) -> LayerRow:
             "relative": layer.relative,
             "node": layer.node.tolist(),
             "verdict": layer_verdict(layer.relative),
+            "kind": layer.kind,
+            "heads": [] if layer.heads is None else layer.heads.nan_to_num().tolist(),
+            "mean_gap": _norm(layer.mean_gap) if theory else None,
+            "expected_gap": _norm(theory.expected_gap) if theory else None,
+            "bound": _norm(theory.bound) if theory else None,
+            "ratio": theory.ratio if theory else None,
+            "agreement": theory.agreement if theory else None,
         }
     )
+
+
+def _norm(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.square().sum().sqrt())
 
 
 def build_module(factory: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:

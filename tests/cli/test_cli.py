@@ -37,7 +37,7 @@ FROZEN = {
         "--model-factory", "--shard", "--gram", "--json",
     },
     "join": {"--out", "--json"},
-    "report": set(),
+    "report": {"--out"},
     "verify": {"--deep", "--json"},
     "methods": {"--json"},
     "explain": {

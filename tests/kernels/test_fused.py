@@ -232,7 +232,9 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype"),
     [
-        (float("nan"), torch.bfloat16), (-float("inf"), torch.bfloat16), (1e30, torch.bfloat16),
+        (float("nan"), torch.bfloat16),
+        (-float("inf"), torch.bfloat16),
+        (1e30, torch.bfloat16),
         (float("nan"), torch.float32),
     ],
     ids=str,
@@ -331,8 +333,9 @@ def test_fused_ranks_are_the_torch_ranks(
     expected = method.merge(group(tensors)).bfloat16()
     parts: list[Tensor] = []
     for start in range(0, rows, 2):
+        own, *others = (tensor[start : start + 2] for tensor in tensors)
         block = kernels.raw_block(
-            "layer.weight", [t[start : start + 2] for t in tensors[1:]], tensors[0][start : start + 2],
+            "layer.weight", others, own,
             coefficients=[0.5, 0.75, 1.0], seed=3, offset=start * length, numel=rows * length,
             statistics={}, row=length,
         )  # fmt: skip

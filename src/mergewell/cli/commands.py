@@ -228,11 +228,16 @@ def demo(out: Path | None, *, text: bool, as_json: bool) -> None:
     print(f"\nThe report: {(folder / results.report).resolve()}")
 
 
-def report(folder: Path) -> None:
-    """Make a results folder's page again."""
+def report(folder: Path, other: Path | None, *, out: Path | None) -> None:
+    """Make a results folder's page again, or compare two merges or checks."""
+    from mergewell.report.compare import compare
     from mergewell.report.page import write_page
 
-    print(write_page(folder))
+    if other is None and out is not None:
+        raise OutputError("--out is for a comparison; name a second folder or drop it.")
+    print(
+        write_page(folder) if other is None else compare(folder, other, out or Path("compare.html"))
+    )
 
 
 def verify(folder: Path, *, deep: bool, as_json: bool) -> None:

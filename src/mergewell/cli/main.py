@@ -196,11 +196,17 @@ def join(
 
 
 @app.command()
-def report(folder: Path) -> None:
-    """Make the page of a results folder again."""
+def report(
+    folder: Path,
+    other: Annotated[Path | None, typer.Argument(help="Compare with this one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where a comparison goes: compare.html.")
+    ] = None,
+) -> None:
+    """Make the page of a results folder again, or compare two merges or two checks."""
     from mergewell.cli import commands
 
-    commands.report(folder)
+    commands.report(folder, other, out=out)
 
 
 @app.command()
