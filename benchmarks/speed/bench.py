@@ -4,8 +4,8 @@
 
 The floor reads all inputs (`cat > /dev/null`) and writes the output (`cp`), here as there to tmpfs.
 Floor and mergewell take turns, so that drift of a shared machine meets both; the ratio is that of
-each pair. mergekit runs on the 0.5 set only. Imports and the loading of compiled code are timed
-apart (`start_s`) and not counted.
+each pair. mergekit runs on the 0.5 set only. Imports and the loading of compiled code (by a merge
+of one small tensor) are timed apart (`start_s`) and not counted.
 Memory is the peak of anonymous memory above that after the imports. Writes docs/benchmarks/speed.md
 and speed.json.
 """
@@ -79,6 +79,19 @@ def anonymous():
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
 recipe, out = json.loads(sys.argv[1]), sys.argv[2]
+
+def warm(folder):  # a merge of one small tensor loads the compiled code that this method needs
+    from safetensors.torch import save_file
+    paths = [str(folder / f"{i}.safetensors") for i in range(1 + len(recipe["experts"]))]
+    for i, path in enumerate(paths):
+        save_file({"w": (torch.arange(40_000.0) * (1 + i / 64)).bfloat16().view(200, 200)}, path)
+    small = {**recipe, "experts": [{"path": path} for path in paths[1:]]}
+    small |= {"base": paths[0]} if "base" in recipe else {}
+    run(make_plan(make_recipe(small)), folder / "out")
+
+import tempfile
+with tempfile.TemporaryDirectory() as folder:
+    warm(Path(folder))
 start = time.perf_counter() - began
 before, peak, done = anonymous(), 0, threading.Event()
 

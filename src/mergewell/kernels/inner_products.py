@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from mergewell.kernels import ops
@@ -22,14 +23,13 @@ class _Products(Program):
     def update(self, done: State, block: RawBlock, index: int) -> State:
         """Return this block's partial sums at the places of its chunks, [C, K, K]."""
         del done, index
-        experts = block.experts
-        partial = torch.zeros(-(-block.numel // CHUNK), len(experts), len(experts)).double()
-        for start in range(0, experts[0].size, CHUNK):
-            chunk = slice(start, min(start + CHUNK, experts[0].size))
-            sums = partial[(block.offset + start) // CHUNK]
-            for i, left in enumerate(experts):
-                for j in range(i) if i else range(len(experts) == 1):
-                    parts = ops.products(experts[j][chunk], left[chunk])
-                    sums[j, j], sums[i, j], sums[i, i] = parts
-                    sums[j, i] = sums[i, j]
-        return {f"{block.name}:products": partial}
+        experts, first = block.experts, block.offset // CHUNK
+        partial = np.zeros((-(-block.numel // CHUNK), len(experts), len(experts)))
+        parts = np.empty((-(-experts[0].size // CHUNK), 3))
+        rows = partial[first : first + len(parts)]
+        for i, left in enumerate(experts):
+            for j in range(i) if i else range(len(experts) == 1):
+                ops.products(experts[j], left, CHUNK, parts)
+                rows[:, j, j], rows[:, i, i] = parts[:, 0], parts[:, 2]
+                rows[:, i, j] = rows[:, j, i] = parts[:, 1]
+        return {f"{block.name}:products": torch.from_numpy(partial)}

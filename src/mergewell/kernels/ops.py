@@ -248,19 +248,24 @@ def line(first, second, shares, reference, out) -> Any:
 
 
 @fused
-def products(first, second):
-    """Return <x, x>, <x, y> and <y, y>, in float64, LANES sums side by side.
+def products(first, second, chunk, sums):
+    """Put <x, x>, <x, y> and <y, y> of each chunk into sums [n / chunk, 3], float64.
 
-    The order of the sums is fixed but not that of the torch form; they agree to 1e-15 or so.
+    LANES sums side by side: their order is fixed but not that of the torch form; they agree to
+    1e-15 or so.
     """
-    xx = np.zeros(LANES, np.float64)
-    xy = np.zeros(LANES, np.float64)
-    yy = np.zeros(LANES, np.float64)
-    for start in range(0, first.size, LANES):
-        one, two = first[start : start + LANES], second[start : start + LANES]
-        for i in range(one.size):
-            x, y = np.float64(load(one, i)), np.float64(load(two, i))
-            xx[i] += x * x
-            xy[i] += x * y
-            yy[i] += y * y
-    return xx.sum(), xy.sum(), yy.sum()
+    lanes = np.empty((3, LANES), np.float64)
+    xx, xy, yy = lanes[0], lanes[1], lanes[2]
+    for begin in range(0, first.size, chunk):
+        end = min(begin + chunk, first.size)
+        lanes[:] = 0
+        for start in range(begin, end, LANES):
+            stop = min(start + LANES, end)
+            one, two = first[start:stop], second[start:stop]
+            for i in range(one.size):
+                x, y = np.float64(load(one, i)), np.float64(load(two, i))
+                xx[i] += x * x
+                xy[i] += x * y
+                yy[i] += y * y
+        for i in range(3):
+            sums[begin // chunk, i] = lanes[i].sum()
