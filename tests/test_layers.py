@@ -22,6 +22,7 @@ LAYERS = [
         "jobs",
         "verify",
         "engines",
+        "device",
     },
     {"diagnostics", "learners", "evaluate", "inputs", "calibration"}
     | {"companions", "explain", "labelled", "repair"},

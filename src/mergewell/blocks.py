@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergewell.changes import Change, change_of
+from mergewell.device import CPU, Device
 from mergewell.errors import CheckpointError, MethodError, PlanError
 from mergewell.kernels import base as kernels
 from mergewell.plan import Plan, TensorTask
@@ -40,7 +41,9 @@ class Merged:
 
 
 _FUSED = 8
-"""Blocks that a fused form takes at a time: it keeps to the cache by itself, calls cost."""
+"""Blocks that a fused form takes at a time: it keeps to the cache by itself, calls cost.
+
+So it is on another device, where each call and copy costs."""
 
 
 def blocks_of(task: TensorTask, block: int) -> list[Block]:
@@ -57,11 +60,12 @@ def blocks_of(task: TensorTask, block: int) -> list[Block]:
     ]
 
 
-def fused_blocks_of(plan: Plan, task: TensorTask, block: int) -> list[Block]:
-    """Return the blocks of one tensor for its fused form, or those of `blocks_of` without one."""
+def fused_blocks_of(plan: Plan, task: TensorTask, block: int, device: Device = CPU) -> list[Block]:
+    """Return the blocks of one tensor for its fused form or device, or else of `blocks_of`."""
     fused = task.copied_from is None and kernels.has_form(task.method)
     fused = fused and is_raw(plan, task, rows=True)
-    return blocks_of(task, _FUSED * block if fused else block)
+    far = task.copied_from is None and not device.fused
+    return blocks_of(task, _FUSED * block if fused or far else block)
 
 
 def is_raw(plan: Plan, task: TensorTask, *, rows: bool = False) -> bool:
@@ -75,8 +79,11 @@ def is_raw(plan: Plan, task: TensorTask, *, rows: bool = False) -> bool:
     return all(model.spec(task.name).dtype == task.spec.dtype for model in plan.inputs)
 
 
-def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
+def merge_block(plan: Plan, block: Block, values: Values, device: Device = CPU) -> Merged:
     """Return one block of the result, in its fused form where there is one.
+
+    The inputs and the result lie in the host's memory. On a device other than the CPU it is
+    always the torch form, whose bits may then differ in the last place from the CPU's.
 
     Raises:
         CheckpointError: NaN or Inf in an input.
@@ -91,7 +98,7 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
         if reference.spec(task.name).shape != task.spec.shape:
             return Merged(block, tensor, Change(changed=True))
         return Merged(block, tensor, change_of(tensor, read(reference, task.name, block)))
-    raw = raw_of(plan, block, values)
+    raw = raw_of(plan, block, values) if device.fused else None
     fused = None if raw is None else kernels.merge(task.method, raw)
     if raw is not None and fused is not None:
         if not fused.finite:
@@ -100,9 +107,16 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
             _explain_overflow(block, None)
         change = Change(fused.changed, fused.moved, fused.original)
         return Merged(block, kernels.as_tensor(fused.out), change)
-    group = group_of(plan, block, values)
+    group = group_of(plan, block, values, device)
+    with device.working():
+        return _merge_group(plan, block, group, device)
+
+
+def _merge_group(plan: Plan, block: Block, group: TensorGroup, device: Device) -> Merged:
+    """Return one block of the result by the method's torch form."""
+    task = block.task
     if not _all_finite(group):
-        explain_not_finite(plan, block.task.name)
+        explain_not_finite(plan, task.name)
     result = task.method.merge(group)
     if result.shape != group.experts[0].shape or result.dtype != group.experts[0].dtype:
         raise MethodError(
@@ -112,9 +126,9 @@ def merge_block(plan: Plan, block: Block, values: Values) -> Merged:
     stored = result.to(task.spec.dtype).flatten()
     if not bool(torch.isfinite(stored).all()):
         _explain_overflow(block, result)
-    original = read(reference, task.name, block)
+    original = device.up(read(plan.reference, task.name, block))
     wide = group.base.flatten() if group.base is not None else None
-    return Merged(block, stored, change_of(stored, original, wide))
+    return Merged(block, device.down(stored), change_of(stored, original, wide))
 
 
 def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
@@ -139,8 +153,8 @@ def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
     )
 
 
-def group_of(plan: Plan, block: Block, values: Values) -> TensorGroup:
-    """Return the block of every model in the dtype to compute in."""
+def group_of(plan: Plan, block: Block, values: Values, device: Device = CPU) -> TensorGroup:
+    """Return the block of every model in the dtype to compute in, on the device."""
     task = block.task
     dtype = compute_dtype([model.spec(task.name).dtype for model in plan.inputs])
     shape = (-1,)
@@ -148,18 +162,20 @@ def group_of(plan: Plan, block: Block, values: Values) -> TensorGroup:
         shape = (-1, *task.spec.shape[1:])
 
     def wide(model: Checkpoint) -> Tensor:
-        return read(model, task.name, block).to(dtype).view(shape)
+        stored = device.up(read(model, task.name, block))
+        with device.working():
+            return stored.to(dtype).view(shape)
 
     return TensorGroup(
         name=task.name,
         experts=tuple(wide(expert) for expert in plan.experts),
-        coefficients=torch.tensor(task.coefficients, dtype=dtype),
+        coefficients=device.up(torch.tensor(task.coefficients, dtype=dtype)),
         base=wide(plan.base) if plan.base is not None else None,
         seed=plan.recipe.seed,
         offset=block.start,
         numel=task.spec.numel,
-        statistics=values,
-        calibration=_calibration_of(plan, block),
+        statistics={statistic: device.all_up(value) for statistic, value in values.items()},
+        calibration=device.all_up(_calibration_of(plan, block)),
     )
 
 

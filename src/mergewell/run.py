@@ -26,6 +26,7 @@ from mergewell.blocks import (
     read,
 )
 from mergewell.changes import UNCHANGED, Change, changes_in, notes_of, summary
+from mergewell.device import CPU, Device, make_device
 from mergewell.engines.base import Engine, make_engine, one_thread_a_worker
 from mergewell.errors import CheckpointError, PlanError
 from mergewell.kernels import base as kernels
@@ -42,7 +43,7 @@ OnProgress = Callable[[int], None]
 _STATISTIC = 8
 """Blocks that a statistic is updated with at a time: its state costs more than its temporaries."""
 
-_BATCH = 1 << 24
+_BATCH = 1 << 26
 """Elements of the tensors whose statistics are made before they are merged together."""
 
 
@@ -54,9 +55,13 @@ def run(
     resume: bool = False,
     block: int = BLOCK,
     algorithm: Algorithm = "xxh3-128",
+    device: str | Device = "cpu",
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Carry out a plan: the complete folder `out` appears, or nothing does.
+
+    `device` is where the arithmetic is done, such as "cuda": its last bit may differ from that of
+    the CPU, so the manifest names the device and only a run on such a one is resumed.
 
     With `resume`, files that an earlier run or shard job finished are kept: the unit of resuming
     is a file (`shard_bytes` in the recipe makes them smaller).
@@ -65,10 +70,12 @@ def run(
         OutputError: `out` exists, or cannot hold the result.
         CheckpointError: NaN, Inf or unequal integers in the inputs, or one changed meanwhile.
         MethodError: a method broke its promise.
+        RecipeError: there is no such device here.
     """
+    where = make_device(device) if isinstance(device, str) else device
     began = time.perf_counter()
     engine = make_engine(workers)
-    key = plan.resume_key()
+    key = plan.resume_key() if where.fused else f"{plan.resume_key()}-{where.name}"
     with (
         one_thread_a_worker(),
         CheckpointWriter(
@@ -78,7 +85,10 @@ def run(
     ):  # fmt: skip
         known = [f for f in writer.recorded_inputs if f.hash.startswith(f"{algorithm}:")]
         hashes = hash_while_reading(plan.inputs, algorithm, known=[Path(f.path) for f in known])
-        write_files(plan, engine, writer.pending, writer, block=block, on_progress=on_progress)
+        write_files(
+            plan, engine, writer.pending, writer, block=block, device=where,
+            on_progress=on_progress,
+        )  # fmt: skip
         changes = changes_in(writer.notes)
         if not any(change.changed for change in changes.values()) and not plan.recipe.restacks:
             writer.abort(keep=False)
@@ -100,6 +110,7 @@ def run(
                     "mergewell": mergewell.__version__,
                     "torch": torch.__version__,
                     "python": platform.python_version(),
+                    "device": where.name,
                 },
                 "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
@@ -114,6 +125,7 @@ def write_files(
     writer: FileWriter,
     *,
     block: int = BLOCK,
+    device: Device = CPU,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Merge the tensors of some files of the result and write them, file by file.
@@ -124,11 +136,11 @@ def write_files(
     if not layouts:
         return
     _check_copies(plan)
-    values = _model_statistics(plan, engine, block)
+    values = _model_statistics(plan, engine, block, device)
     for layout in layouts:
         tasks = [plan.tasks[spec.name] for spec in layout.specs]
         changes: dict[str, Change] = {}
-        for merged in _merge(plan, engine, tasks, values, block):
+        for merged in _merge(plan, engine, tasks, values, block, device):
             name = merged.block.task.name
             writer.write(name, merged.block.start, merged.tensor)
             changes[name] = changes.get(name, UNCHANGED) + merged.change
@@ -177,14 +189,16 @@ def _merge(
     tasks: Sequence[TensorTask],
     model_values: dict[str, Values],
     block: int,
+    device: Device = CPU,
 ) -> Iterator[Merged]:
     for batch in _batches(tasks):
-        values = _tensor_statistics(plan, engine, batch, block)
-        blocks = [part for task in batch for part in fused_blocks_of(plan, task, block)]
+        values = _tensor_statistics(plan, engine, batch, block, device)
+        blocks = [part for task in batch for part in fused_blocks_of(plan, task, block, device)]
 
         def merge(part: Block, values: dict[str, Values] = values) -> Merged:
             name = part.task.name
-            return merge_block(plan, part, {**model_values.get(name, {}), **values.get(name, {})})
+            known = {**model_values.get(name, {}), **values.get(name, {})}
+            return merge_block(plan, part, known, device)
 
         yield from engine.imap(merge, blocks)
 
@@ -205,7 +219,9 @@ def _batches(tasks: Sequence[TensorTask], *, every: bool = False) -> Iterator[li
         yield batch
 
 
-def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Values]:
+def _model_statistics(
+    plan: Plan, engine: Engine, block: int, device: Device = CPU
+) -> dict[str, Values]:
     """Make the statistics whose scope is the whole model, each over the tensors that need it."""
     users: dict[WeightStatistic, list[TensorTask]] = {}
     for task in plan.tasks.values():
@@ -213,11 +229,11 @@ def _model_statistics(plan: Plan, engine: Engine, block: int) -> dict[str, Value
             for statistic in task.method.statistics():
                 if statistic.scope == "model":
                     users.setdefault(statistic, []).append(task)
-    return _measure(plan, engine, users, block)
+    return _measure(plan, engine, users, block, device)
 
 
 def _tensor_statistics(
-    plan: Plan, engine: Engine, tasks: Sequence[TensorTask], block: int
+    plan: Plan, engine: Engine, tasks: Sequence[TensorTask], block: int, device: Device
 ) -> dict[str, Values]:
     """Make the statistics of single tensors; small ones get theirs as they are merged."""
     users: dict[WeightStatistic, list[TensorTask]] = {}
@@ -227,7 +243,7 @@ def _tensor_statistics(
             for statistic in task.method.statistics():
                 if statistic.scope == "tensor":
                     users.setdefault(statistic, []).append(task)
-    return _measure(plan, engine, users, block)
+    return _measure(plan, engine, users, block, device)
 
 
 def _measure(
@@ -235,16 +251,18 @@ def _measure(
     engine: Engine,
     users: Mapping[WeightStatistic, Sequence[TensorTask]],
     block: int,
+    device: Device = CPU,
 ) -> dict[str, Values]:
     values: dict[str, dict[WeightStatistic, Value]] = {}
     for statistic, tasks in users.items():
-        program = kernels.program(statistic)
+        program = kernels.program(statistic) if device.fused else None
         raw = [task for task in tasks if program is not None and is_raw(plan, task)]
         if statistic.scope == "model" and len(raw) < len(tasks):
             raw = []  # all tensors make one value together
         if program is not None and raw:
-            _pass_over(plan, engine, program, raw, block, values)
-        _pass_over(plan, engine, statistic, [t for t in tasks if t not in raw], block, values)
+            _pass_over(plan, engine, program, raw, block, values, device)
+        rest = [task for task in tasks if task not in raw]
+        _pass_over(plan, engine, statistic, rest, block, values, device)
     return dict(values)
 
 
@@ -255,13 +273,19 @@ def _pass_over(
     tasks: Sequence[TensorTask],
     block: int,
     values: dict[str, dict[WeightStatistic, Value]],
+    device: Device,
 ) -> None:
-    """Make one statistic of some tensors, in its torch or in its fused form."""
+    """Make one statistic of some tensors, in its torch or in its fused form.
+
+    On another device its blocks are added up there; states are joined and finished here.
+    """
     done: State = {}
 
     def update(part: Block, index: int) -> State:
         if isinstance(form, WeightStatistic):
-            return form.update(done, group_of(plan, part, {}), index)
+            group, known = group_of(plan, part, {}, device), device.all_up(done)
+            with device.working():
+                return device.all_down(form.update(known, group, index))
         raw = raw_of(plan, part, {})
         assert raw is not None  # `is_raw` said so
         return form.update(done, raw, index)

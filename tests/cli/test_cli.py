@@ -30,7 +30,7 @@ FROZEN = {
     "plan": {"--json", "--workers"},
     "merge": {
         "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
-        "--workers", "--shard", "--engine", "--hash", "--print-recipe", "--json",
+        "--workers", "--shard", "--engine", "--device", "--hash", "--print-recipe", "--json",
     },
     "calibrate": {
         "--out", "--base", "--expert", "--method", "--set", "--data", "--samples", "--mode",

@@ -16,6 +16,7 @@ from rich.table import Table
 from mergewell.cli.given import chosen_recipe, read_data
 from mergewell.cli.progress import steps
 from mergewell.component import Fractions
+from mergewell.device import make_device
 from mergewell.errors import DataError, OutputError, RecipeError, did_you_mean
 from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.methods.base import METHODS
@@ -58,6 +59,7 @@ def merge(
     workers: int | None,
     shard: str | None,
     engine: str,
+    device: str,
     hash_kind: str,
     print_recipe: bool,
     as_json: bool,
@@ -78,6 +80,12 @@ def merge(
         raise RecipeError(f"--hash {hash_kind}: {did_you_mean(hash_kind, ALGORITHMS)}")
     if shard is not None and engine != "threads":
         raise RecipeError(f"--shard {shard} and --engine {engine} exclude each other; drop one.")
+    where = make_device(device)
+    if device != "cpu" and (shard is not None or engine != "threads"):
+        raise RecipeError(
+            f"--device {device} and {'--shard' if shard is not None else '--engine ray'} exclude "
+            "each other; drop one."
+        )
     job = parse_shard(shard) if shard is not None else None
     planned = make_plan(recipe)
     for warning in planned.warnings:
@@ -110,7 +118,7 @@ def merge(
         else:
             manifest = run_plan(
                 planned, out, workers=_workers(workers), resume=resume, algorithm=algorithm,
-                on_progress=progress,
+                device=where, on_progress=progress,
             )  # fmt: skip
     if as_json:
         _print_json(manifest.model_dump(mode="json"))

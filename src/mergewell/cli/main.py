@@ -133,6 +133,9 @@ def merge(
         str | None, typer.Option(metavar="I/N", help="Write files I, I+N, ...; the last commits.")
     ] = None,
     engine: Annotated[str, typer.Option(help="Where to work: threads or ray.")] = "threads",
+    device: Annotated[
+        str, typer.Option(help="What to compute on: cpu, cuda or cuda:1; cuda rounds its own way.")
+    ] = "cpu",
     hash_: Annotated[
         str, typer.Option("--hash", help="Of inputs and outputs: xxh3-128 or sha256.")
     ] = "xxh3-128",
@@ -147,7 +150,7 @@ def merge(
     commands.merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
         seed=seed, dtype=dtype, resume=resume, workers=workers, shard=shard, engine=engine,
-        hash_kind=hash_, print_recipe=print_recipe, as_json=json,
+        device=device, hash_kind=hash_, print_recipe=print_recipe, as_json=json,
     )  # fmt: skip
 
 
