@@ -100,7 +100,7 @@ def sample():
     while not done.wait(0.01):
         peak = max(peak, anonymous())
 
-thread = threading.Thread(target=sample)
+thread = threading.Thread(target=sample, daemon=True)
 thread.start()
 cpu, wall = time.process_time(), time.perf_counter()
 run(make_plan(make_recipe(recipe)), out)
