@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mergewell.inputs import ImageFormat, batches, check_names, load_inputs
 from mergewell.errors import DataError
+from mergewell.inputs import ImageFormat, batches, check_names, load_inputs
 
 
 @pytest.fixture(scope="module")
