@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_guidance
 import torch
 from safetensors.torch import load_file
 from test_blocks import SETTINGS
@@ -194,6 +195,17 @@ def test_no_method_mixes_devices(
     assert digest(tmp_path / "there") == digest(tmp_path / "here")
 
 
+@pytest.mark.parametrize("name", ["m_ties", "m_dare"])
+@pytest.mark.parametrize("budget", ["neutral", "layer_aware", "random", "uniform"])
+def test_a_calibration_guides_there_too(tmp_path: Path, name: str, budget: str) -> None:
+    of = test_guidance.models(tmp_path)
+    calibrated = test_guidance.calibration(tmp_path / "c.safetensors", of)
+    plan = test_guidance.planned(of, calibrated, {"name": name, "budget": budget, "density": 0.5})
+    for folder, device in (("here", CPU), ("there", Far())):
+        run(plan, tmp_path / folder, workers=1, block=8, device=device)
+    assert digest(tmp_path / "there") == digest(tmp_path / "here")
+
+
 def test_a_thread_has_two_buffers_that_grow_and_are_waited_for() -> None:
     device = Far()
     sent = [torch.full((size,), float(size)) for size in (3, 5, 4, 9, 2, 7)]
@@ -207,6 +219,18 @@ def test_a_thread_has_two_buffers_that_grow_and_are_waited_for() -> None:
     other.start()
     other.join()
     assert len({thread for thread, _ in device.allocated}) == 2
+
+
+def test_of_a_state_only_what_is_asked_for_is_brought_up_and_once() -> None:
+    device = Far()
+    state = {"a:key": torch.arange(3), "b:key": torch.arange(4)}
+    there = device.all_up(state)
+    assert "b:key" in there and "c:key" not in there and list(there) == list(state)
+    assert len(there) == 2 and device.uploads == 0
+    assert there["a:key"] is there["a:key"] and there.get("c:key") is None
+    assert device.uploads == 1
+    assert torch.equal(device.all_down(there)["b:key"], torch.arange(4))
+    assert CPU.all_up(state) is state
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -59,16 +59,41 @@ class Device:
         """
         return nullcontext()
 
-    def all_up(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a statistic's state or value on the device."""
-        return {key: self.up(tensor) for key, tensor in tensors.items()}
+    def all_up(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a statistic's state or value on the device, for one block's use."""
+        return tensors
 
-    def all_down(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_down(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a statistic's state or value in the host's memory."""
         return {key: self.down(tensor) for key, tensor in tensors.items()}
 
 
 CPU = Device()
+
+
+class _BroughtUp(Mapping[str, Tensor]):
+    """Tensors that are brought up when they are first asked for.
+
+    A state holds what belongs to all tensors of a batch; a block asks for its own.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], up: Callable[[Tensor], Tensor]) -> None:
+        self._tensors, self._up = tensors, up
+        self._there: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._there:
+            self._there[key] = self._up(self._tensors[key])
+        return self._there[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Event(Protocol):
@@ -138,6 +163,10 @@ class StagedDevice(Device):
             event.record()
             event.synchronize()
             return staged.clone()
+
+    def all_up(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a mapping that brings each tensor up when it is asked for, and once."""
+        return _BroughtUp(tensors, self.up)
 
     def _stage(self, like: Tensor) -> tuple[Tensor, Event]:
         """Return the next staging buffer as a tensor of this shape, and its event."""
