@@ -301,6 +301,16 @@ def test_unknown_devices_are_refused(name: str, sentence: str) -> None:
         make_device(name)
 
 
+def test_an_index_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: f"Toy {where.index}")
+    assert make_device("cuda").name.startswith("Toy 0 (CUDA ")
+    assert make_device("cuda:1").name.startswith("Toy 1 (CUDA ")
+    with pytest.raises(RecipeError, match=r"cuda:2: the last CUDA device here is cuda:1"):
+        make_device("cuda:2")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_cuda_where_there_is_none_is_one_sentence(

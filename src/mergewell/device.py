@@ -256,5 +256,8 @@ def make_device(name: str) -> Device:
         )
     index, count = int(found[1] or 0), torch.cuda.device_count()
     if index >= count:
-        raise RecipeError(f"--device {name}: there are {count} here, from cuda:0; choose another.")
+        last = f"cuda:{count - 1}"
+        raise RecipeError(
+            f"--device {name}: the last CUDA device here is {last}; choose from those."
+        )
     return Cuda(torch.device("cuda", index))
