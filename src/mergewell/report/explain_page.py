@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mergewell.explain.averaging import BatchNorm
 from mergewell.explain.explanation import Explanation
 from mergewell.report import explain_figures as figures
-from mergewell.report import numbers
+from mergewell.report.html import render
 from mergewell.report.results import write_text
-
-HERE = Path(__file__).parent
 
 
 def write_explain_page(found: Explanation, path: Path) -> Path:
@@ -30,30 +25,14 @@ def write_explain_page(found: Explanation, path: Path) -> Path:
 
 def render_explain_page(found: Explanation) -> str:
     """Return the page as one HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = numbers.percent
-    environment.filters["number"] = numbers.number
-    environment.filters["fixed"] = numbers.fixed
-    names = ("page.css", "explain.css")
-    style = "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
-    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    return environment.get_template("explain.html.jinja").render(
-        found=found,
-        style=Markup(style),
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'",
-        listed=numbers.listed,
-        percent_range=numbers.percent_range,
-        value_of=figures.value_of,
-        way_name=figures.way_name,
-        subjects=figures.SUBJECTS,
+    values = {
+        "found": found,
+        "value_of": figures.value_of,
+        "way_name": figures.way_name,
+        "subjects": figures.SUBJECTS,
         **_drawn(found),
-    )
+    }
+    return render("explain.html.jinja", values, sheets=("page.css", "explain.css"), scripts=())
 
 
 def _drawn(found: Explanation) -> dict[str, Any]:

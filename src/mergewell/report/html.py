@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,17 @@ from mergewell.report import numbers, svg
 HERE = Path(__file__).parent
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """Return a template of this folder as one HTML text, every value escaped but for `Markup`."""
+def render(
+    template: str,
+    values: Mapping[str, Any],
+    *,
+    sheets: Sequence[str] = ("page.css",),
+    scripts: Sequence[str] = ("page.js",),
+) -> str:
+    """Return a template of this folder as one HTML text, every value escaped but for `Markup`.
+
+    sheets, scripts: the files of this folder that it holds; nothing else may act in the page.
+    """
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -34,8 +43,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     environment.filters["number"] = numbers.number
     environment.filters["fixed"] = numbers.fixed
     environment.filters["seconds"] = numbers.seconds
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    style, script = (_joined(names) for names in (sheets, scripts))
     return environment.get_template(template).render(
         style=Markup(style),
         script=Markup(script),
@@ -49,6 +57,10 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     )
 
 
+def _joined(names: Sequence[str]) -> str:
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
+
+
 def _mark(shape: str) -> str:
     return f'<svg class="icon" viewBox="-7 -7 14 14" aria-hidden="true"><path d="{shape}"/></svg>'
 
@@ -58,7 +70,8 @@ def _policy(style: str, script: str) -> str:
         digest = hashlib.sha256(text.encode("utf-8")).digest()
         return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
+    scripted = f"script-src {source(script)}; " if script else ""
     return (
-        f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; "
+        f"default-src 'none'; style-src {source(style)}; {scripted}"
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
