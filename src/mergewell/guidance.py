@@ -30,7 +30,7 @@ FAMILIES = ("m_loss",)
 """What methods may ask for."""
 
 _KEY, _VERSION = "mergewell.calibration", 1
-_ENDS = 64  # elements at either end of a tensor that tell a model, as `calibration.models.digest`
+_ENDS = 64  # elements at either end of a tensor that tell a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,11 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """Return what a calibration knows a model by: names, dtypes, shapes and ends of its tensors."""
+    """Return what a calibration knows a model by: names, dtypes, shapes and ends of its tensors.
+
+    Not all values: a calibration must not read a model twice. Fine-tuning changes the ends as well
+    as the rest; two copies of one model on two machines have one digest.
+    """
     hasher = new_hasher("xxh3-128")
     for name in sorted(checkpoint.specs):
         spec = checkpoint.specs[name]

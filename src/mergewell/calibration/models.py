@@ -12,20 +12,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergewell.calibration.data import Data, add, describe
+from mergewell.calibration.data import Data
 from mergewell.calibration.result import Calibration, Model
 from mergewell.errors import DataError
+from mergewell.guidance import model_digest
 from mergewell.models.skeleton import Read, Skeleton, without_weights
 from mergewell.plan import Plan
 from mergewell.run import merge_tensors
 from mergewell.storage.base import Checkpoint
-from mergewell.storage.manifest import new_hasher
 
 BASE, MERGED, MEAN = "base", "merged", "mean"
 """Names of the models that are no experts."""
-
-_ENDS = 64
-"""Elements at either end of a tensor that its digest looks at."""
 
 
 def expert_names(plan: Plan) -> list[str]:
@@ -53,25 +50,10 @@ def skeletons(plan: Plan, base: Checkpoint, data: Data) -> dict[str, Skeleton]:
 def described(plan: Plan, base: Checkpoint) -> tuple[Model, ...]:
     """Return what a calibration's head says of the models."""
     models = [
-        Model(name, str(checkpoint.path), digest(checkpoint))
+        Model(name, str(checkpoint.path), model_digest(checkpoint))
         for name, checkpoint in zip([BASE, *expert_names(plan)], [base, *plan.experts], strict=True)
     ]
     return (*models, Model(MERGED, "", merge_digest(plan)))
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """Return a hash of all tensors' names, dtypes and shapes, and of the values at their ends.
-
-    Not of all values: a calibration must not read a model twice. Fine-tuning changes the ends as
-    well as the rest; two copies of one model on two machines have one digest.
-    """
-    hasher = new_hasher("xxh3-128")
-    for name in sorted(checkpoint.specs):
-        spec = checkpoint.specs[name]
-        describe(hasher, name, spec.dtype, spec.shape)
-        for start in {0, max(0, spec.numel - _ENDS)}:
-            add(hasher, checkpoint.read(name, start, min(spec.numel, start + _ENDS)))
-    return f"xxh3-128:{hasher.hexdigest()}"
 
 
 def require_same(plan: Plan, calibration: Calibration) -> None:
@@ -81,7 +63,7 @@ def require_same(plan: Plan, calibration: Calibration) -> None:
         DataError: it is of others.
     """
     base = plan.base if plan.base is not None else plan.reference
-    found = [digest(checkpoint) for checkpoint in (base, *plan.experts)]
+    found = [model_digest(checkpoint) for checkpoint in (base, *plan.experts)]
     known = [model.digest for model in calibration.head.models]
     paths = [str(checkpoint.path) for checkpoint in (base, *plan.experts)]
     if len(known) != len(found) + 1:
