@@ -13,6 +13,7 @@ LAYERS = [
     {"methods", "models", "kernels"},
     {
         "recipe",
+        "flags",
         "mergekit",
         "guidance",
         "plan",
@@ -25,7 +26,7 @@ LAYERS = [
         "device",
     },
     {"diagnostics", "learners", "evaluate", "inputs", "calibration"}
-    | {"companions", "explain", "labelled", "repair"},
+    | {"companions", "descent", "explain", "labelled", "repair"},
     {"report", "tune", "advise", "check", "demo"},
     {"cli"},
 ]

@@ -5,7 +5,7 @@ Shapes: K experts, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,7 +83,7 @@ def gradient_products(
         raise ModelError(
             f"{type(module).__name__} has no parameter that is wanted; widen the choice."
         )
-    with evaluating([module]), torch.enable_grad(), _differentiable(module, parameters):
+    with evaluating([module]), torch.enable_grad(), differentiable(module, parameters.values()):
         seen = [_gradient(module, parameters, lesson) for lesson in lessons]
     products = {
         name: _products([gradient[i] for gradient, _ in seen]) for i, name in enumerate(parameters)
@@ -140,14 +140,14 @@ def _products(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _differentiable(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter]
+def differentiable(
+    module: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> Generator[None, None, None]:
     """Let gradients flow to these parameters alone, then restore what was asked for before."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         module.requires_grad_(False)
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:

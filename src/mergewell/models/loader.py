@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,16 @@ def load_state(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Loaded:
             if target in targets:
                 _copy(name, checkpoint[name], targets[target])
     return Loaded(tuple(left_out), tuple(kept))
+
+
+def placed(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the module's parameter or buffer for each name of a checkpoint that it has one for.
+
+    Names are matched as `load_state` matches them.
+    """
+    targets = module.state_dict(keep_vars=True)
+    renamed = _renamed(list(names), targets, module)
+    return {name: targets[target] for name, target in renamed.items() if target in targets}
 
 
 def _copy(name: str, tensor: Tensor, target: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Descent: coefficients that gradients find, through the same `method.merge` that merges."""

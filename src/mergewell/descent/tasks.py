@@ -1,0 +1,134 @@
+"""Tasks to learn on, and what the merged model is to say about their inputs.
+
+Shapes: n samples of a batch, L positions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergewell.errors import DataError
+from mergewell.models.barrier import IGNORED, Head, first_output
+from mergewell.models.dataflow import Batch, evaluating
+from mergewell.models.loader import load_state
+from mergewell.plan import Plan
+
+Aim = Literal["entropy", "expert", "ensemble", "labels"]
+"""What is learned from: the merged model's own certainty, the task's expert, all of them, labels.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningTask:
+    """Inputs of one task, the head that reads the features there, and whose task it is."""
+
+    expert: int
+    """Which expert of the recipe, from 0, was fine-tuned for it."""
+
+    batches: Sequence[Batch]
+    """Inputs; each step takes one, in turn."""
+
+    labels: Sequence[Tensor] = ()
+    """Right answers by batch, int64 [n] or [n, L], -100 where nothing is judged; or none."""
+
+    head: Head | None = None
+    """From the module's first output to logits; none where these are the logits."""
+
+    def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits of a batch, one row [C] for each answer; padding is left out."""
+        output = first_output(module, batch)
+        logits = self.head(output) if self.head is not None else output
+        if logits.dim() < 3:
+            return logits
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        fits = mask is not None and mask.shape == logits.shape[:-1]
+        return logits[mask.bool()] if mask is not None and fits else logits.flatten(0, -2)
+
+
+Targets = Sequence[Sequence[Tensor | None]]
+"""By task and batch: probabilities [.., C], labels [..], or nothing for entropy."""
+
+
+def targets(
+    aim: Aim,
+    tasks: Sequence[LearningTask],
+    plan: Plan,
+    factory: Callable[[], nn.Module],
+    *,
+    temperature: float = 1.0,
+) -> Targets:
+    """Return what the merged model is to say; each expert is run once over what it teaches.
+
+    Raises:
+        DataError: no task, a task without inputs, of no expert, or without labels where they are
+            the aim.
+        UserError: as `load_state`.
+    """
+    _check(aim, tasks, len(plan.experts))
+    if aim == "entropy":
+        return [[None for _ in task.batches] for task in tasks]
+    if aim == "labels":
+        return [[_unmasked(task, index) for index in range(len(task.batches))] for task in tasks]
+    found: list[list[Tensor | None]] = [[None] * len(task.batches) for task in tasks]
+    module = factory()
+    for number, expert in enumerate(plan.experts):
+        taught = [t for t, task in enumerate(tasks) if aim == "ensemble" or task.expert == number]
+        if not taught:
+            continue
+        load_state(module, {name: expert[name] for name in expert})
+        with evaluating([module]):
+            for place in taught:
+                for index, batch in enumerate(tasks[place].batches):
+                    logits = tasks[place].logits(module, batch)
+                    share = len(plan.experts) if aim == "ensemble" else 1
+                    before = found[place][index]
+                    found[place][index] = logits / share + (0 if before is None else before)
+    return [
+        [None if z is None else (z / temperature).softmax(-1) for z in batches] for batches in found
+    ]
+
+
+def loss(aim: Aim, logits: Tensor, target: Tensor | None, *, temperature: float = 1.0) -> Tensor:
+    """Return the mean loss of a batch's logits [.., C], in nats.
+
+    entropy: H(p). expert, ensemble: KL(target || p) at the temperature. labels: cross-entropy.
+    """
+    if target is None:
+        logs = logits.log_softmax(-1)
+        return -(logs.exp() * logs).sum(-1).mean()
+    if aim == "labels":
+        return functional.cross_entropy(logits, target, ignore_index=IGNORED)
+    logs = (logits / temperature).log_softmax(-1)
+    return functional.kl_div(logs, target, reduction="batchmean")
+
+
+def _unmasked(task: LearningTask, index: int) -> Tensor:
+    """Return a batch's labels, one for each row of `LearningTask.logits`."""
+    batch, labels = task.batches[index], task.labels[index]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if labels.dim() > 1 and mask is not None and mask.shape == labels.shape:
+        return labels[mask.bool()]
+    return labels.flatten()
+
+
+def _check(aim: Aim, tasks: Sequence[LearningTask], experts: int) -> None:
+    if not tasks:
+        raise DataError("Coefficients are learned from inputs of the experts' tasks; give some.")
+    for task in tasks:
+        if not task.batches:
+            raise DataError(f"The task of expert {task.expert + 1} has no inputs; give some.")
+        if not 0 <= task.expert < experts:
+            raise DataError(
+                f"A task is said to be of expert {task.expert + 1} but there are {experts}; name "
+                "the inputs in the order of the experts."
+            )
+        if aim == "labels" and len(task.labels) != len(task.batches):
+            raise DataError(
+                f"The task of expert {task.expert + 1} has labels for {len(task.labels)} of "
+                f"{len(task.batches)} batches; give them all, or learn without labels."
+            )
