@@ -20,7 +20,7 @@ def anonymous():
     return int(text.partition("RssAnon:")[2].split()[0]) * 1024
 
 from mergewell.plan import make_plan
-from mergewell.recipe import recipe_from_flags
+from mergewell.flags import recipe_from_flags
 from mergewell.run import run
 
 base, expert, method, out = sys.argv[1:]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
+from toys import family
 
-from mergewell.errors import MergewellError, RecipeError
-from mergewell.recipe import (
-    Expert,
-    MethodChoice,
-    Recipe,
-    make_recipe,
-    read_recipe,
-    recipe_from_flags,
-)
+from mergewell.errors import CheckpointError, MergewellError, RecipeError
+from mergewell.flags import recipe_from_flags
+from mergewell.plan import make_plan
+from mergewell.recipe import Expert, MethodChoice, Recipe, make_recipe, read_recipe
+from mergewell.run import merge_tensors, run
 
 YAML_TEXT = """
 base: clip-base
@@ -146,3 +146,50 @@ def test_flags_that_cannot_be_read() -> None:
     for setting in ("density", "=3", "x=["):
         with pytest.raises(RecipeError, match="--set"):
             recipe_from_flags(base=None, experts=["a"], method="ties", settings=[setting])
+
+
+def test_a_manifest_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the merge was run it is the very same, elsewhere its paths are found all the same."""
+    family(tmp_path / "models", experts=2)
+    recipe = make_recipe(
+        {
+            "base": "models/base",
+            "experts": [{"path": "models/expert0", "coefficient": 0.5}, {"path": "models/expert1"}],
+            "method": {"name": "dare", "density": 0.5},
+            "rules": [{"match": "*.bias", "method": {"name": "average"}}],
+            "seed": 3,
+        }
+    )
+    monkeypatch.chdir(tmp_path)
+    run(make_plan(recipe), "out", workers=1)
+    assert read_recipe("out/manifest.json") == recipe
+    run(make_plan(read_recipe("out/manifest.json")), "again", workers=1)
+    name = "model.safetensors"
+    assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
+    Path("out/manifest.json").rename("kept.json")
+    monkeypatch.chdir("/")
+    moved = read_recipe(tmp_path / "kept.json")
+    assert moved.experts[0].path == str(tmp_path / "models" / "expert0")
+    assert moved.rules == recipe.rules and moved.seed == 3
+    tensors = dict(merge_tensors(make_plan(moved)))
+    stored = load_file(tmp_path / "out" / name)
+    assert all(torch.equal(tensors[n], stored[n]) for n in stored)
+
+
+def test_a_manifest_that_is_no_recipe_gets_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    held = {
+        "version": 1, "recipe": {}, "inputs": [], "outputs": [], "tensors": 1,
+        "tensors_changed": 1, "seed": 0, "versions": {}, "seconds": 1.0,
+    }  # fmt: skip
+    file.write_text(json.dumps({**held, "repair": {"kind": "batch_norm", "of": "/there/merged"}}))
+    with pytest.raises(RecipeError, match=r"manifest\.json is of a folder that `mergewell repair`"):
+        read_recipe(file)
+    file.write_text(json.dumps({**held, "recipe": {"experts": [{"path": "a", "x": 1}]}}))
+    with pytest.raises(RecipeError, match=r"manifest\.json has no parameter"):
+        read_recipe(file)
+    file.write_text(json.dumps({**held, "seed": "x"}))
+    with pytest.raises(CheckpointError, match="'seed'"):
+        read_recipe(file)
+    file.write_text(json.dumps({"experts": [{"path": "a"}]}))
+    assert read_recipe(file).experts[0].path == "a", "a recipe may be JSON under any name"

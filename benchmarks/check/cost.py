@@ -24,7 +24,7 @@ from mergewell.inputs import batches, load_inputs
 from mergewell.models.dataflow import call
 from mergewell.models.loader import ModuleSource
 from mergewell.plan import make_plan
-from mergewell.recipe import recipe_from_flags
+from mergewell.flags import recipe_from_flags
 from mergewell.run import merge_tensors
 
 

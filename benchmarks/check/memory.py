@@ -28,7 +28,7 @@ from mergewell.check import check
 from mergewell.inputs import batches
 from mergewell.models.loader import ModuleSource
 from mergewell.plan import make_plan
-from mergewell.recipe import recipe_from_flags
+from mergewell.flags import recipe_from_flags
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, WIDTH = 2048, 5632, 32_000, 16, 4, 128
 

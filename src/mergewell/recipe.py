@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from io import StringIO
 from pathlib import Path
@@ -31,6 +31,7 @@ from mergewell.component import explain
 from mergewell.errors import RecipeError
 from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.storage.folder import is_there
+from mergewell.storage.manifest import MANIFEST, Manifest, manifest_at
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -227,15 +228,32 @@ def _sentence(error: ValidationError, where: str) -> str:
 def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe in a YAML file, ours or mergekit's; paths are relative to the file.
 
+    The file may also be the manifest of a merged folder: its recipe makes the same merge again.
+
     Raises:
         RecipeError: no such file, not YAML, or not a recipe.
-        CheckpointError: a model that a mergekit configuration names cannot be opened.
+        CheckpointError: a model that a mergekit configuration names cannot be opened, or a manifest
+            that is malformed.
     """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot read the recipe ({error}); check the path.") from error
+    manifest = manifest_at(file)
+    if manifest is not None:
+        return recipe_of_manifest(manifest, where=str(file))
+    content = _content(text, file)
+    # imported here because a conversion makes a recipe and looks into checkpoints
+    from mergewell.mergekit import is_mergekit, recipe_from_mergekit
+
+    if is_mergekit(content):
+        return recipe_from_mergekit(content, where=str(file), base_dir=file.parent)
+    return beside(make_recipe(content, where=str(file)), file.parent)
+
+
+def _content(text: str, file: Path) -> dict[str, Any]:
+    """Return the mapping that a file of YAML holds; JSON is YAML too."""
     if _depth(text) > _DEEPEST:
         raise RecipeError(f"{file}: the brackets are nested too deeply; a recipe needs a few.")
     try:
@@ -247,13 +265,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
-    content = cast("dict[str, Any]", data)
-    # imported here because a conversion makes a recipe and looks into checkpoints
-    from mergewell.mergekit import is_mergekit, recipe_from_mergekit
-
-    if is_mergekit(content):
-        return recipe_from_mergekit(content, where=str(file), base_dir=file.parent)
-    return beside(make_recipe(content, where=str(file)), file.parent)
+    return cast("dict[str, Any]", data)
 
 
 def _depth(text: str) -> int:
@@ -263,6 +275,26 @@ def _depth(text: str) -> int:
         depth += (character in "[{") - (character in "]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+def recipe_of_manifest(manifest: Manifest, *, where: str) -> Recipe:
+    """Return the recipe of a merged folder, with paths as seen from here; says `where`.
+
+    Read where the merge was run, it is the very same, and so are the bytes that it makes.
+
+    Raises:
+        RecipeError: the folder was not made by a recipe alone, or the recipe is damaged.
+    """
+    repaired = (manifest.model_extra or {}).get("repair")
+    if not manifest.recipe and isinstance(repaired, Mapping):
+        of = cast("Mapping[str, object]", repaired).get("of")
+        raise RecipeError(
+            f"{where} is of a folder that `mergewell repair` made of {of}; merge by the "
+            f"{MANIFEST} of that one and repair the result."
+        )
+    recipe = make_recipe(manifest.recipe, where=where)
+    started = Path(manifest.directory)
+    return recipe if started == Path.cwd() else beside(recipe, started)
 
 
 def beside(recipe: Recipe, folder: Path) -> Recipe:
@@ -291,48 +323,3 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
             ),
         }
     )
-
-
-def recipe_from_flags(
-    *,
-    base: str | None,
-    experts: Sequence[str],
-    method: str,
-    settings: Sequence[str],
-    seed: int = 0,
-    dtype: str | None = None,
-) -> Recipe:
-    """Return the recipe that flags describe: `--expert PATH[:coefficient]`, `--set key=value`.
-
-    Raises:
-        RecipeError: a flag that cannot be read, or any error of `make_recipe`.
-    """
-    parameters: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {setting}: write it as key=value, such as density=0.2.")
-        try:
-            parameters[key] = YAML(typ="safe").load(value)
-        except YAMLError as error:
-            raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
-    data: dict[str, Any] = {
-        "experts": [_expert_flag(text) for text in experts],
-        "method": {"name": method, **parameters},
-        "seed": seed,
-    }
-    if base is not None:
-        data["base"] = base
-    if dtype is not None:
-        data["dtype"] = dtype
-    return make_recipe(data, where="flags")
-
-
-def _expert_flag(text: str) -> dict[str, Any]:
-    path, colon, last = text.rpartition(":")
-    if colon and not is_there(Path(text)):
-        try:
-            return {"path": path, "coefficient": float(last)}
-        except ValueError:
-            pass
-    return {"path": text}

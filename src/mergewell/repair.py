@@ -22,7 +22,7 @@ from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.models.repair import repair
 from mergewell.plan import Plan, make_plan
-from mergewell.recipe import beside, make_recipe
+from mergewell.recipe import recipe_of_manifest
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.manifest import MANIFEST, InputFile, Manifest, hash_file, read_manifest
 from mergewell.storage.writer import CheckpointWriter, ShardLayout
@@ -131,8 +131,7 @@ def repair_folder(
 def _plan_of(folder: Path) -> Plan:
     """Return the plan that a folder was merged by."""
     manifest = read_manifest(folder)
-    recipe = make_recipe(manifest.recipe, where=str(folder / MANIFEST))
-    return make_plan(beside(recipe, Path(manifest.directory)))
+    return make_plan(recipe_of_manifest(manifest, where=str(folder / MANIFEST)))
 
 
 def _endpoints(folder: Path, plan: Plan) -> tuple[tuple[Checkpoint, ...], list[float]]:

@@ -9,7 +9,7 @@ import torch
 
 from mergewell.errors import UserError
 from mergewell.plan import make_plan
-from mergewell.recipe import beside, make_recipe
+from mergewell.recipe import recipe_of_manifest
 from mergewell.run import merge_tensors
 from mergewell.storage.checkpoint import open_checkpoint
 from mergewell.storage.manifest import (
@@ -45,7 +45,7 @@ def verify_deep(folder: str | Path, *, sample: int = SAMPLE, seed: int = 0) -> l
         for file in manifest.inputs
         if (problem := _input_problem(file, started, directory)) is not None
     ]
-    return problems or _recompute(directory, manifest, started, sample, seed)
+    return problems or _recompute(directory, manifest, sample, seed)
 
 
 def _input_problem(file: InputFile, started: Path, folder: Path) -> str | None:
@@ -59,12 +59,9 @@ def _input_problem(file: InputFile, started: Path, folder: Path) -> str | None:
     return None
 
 
-def _recompute(
-    folder: Path, manifest: Manifest, started: Path, sample: int, seed: int
-) -> list[str]:
+def _recompute(folder: Path, manifest: Manifest, sample: int, seed: int) -> list[str]:
     try:
-        recipe = make_recipe(manifest.recipe, where=str(folder / MANIFEST))
-        plan = make_plan(beside(recipe, started))
+        plan = make_plan(recipe_of_manifest(manifest, where=str(folder / MANIFEST)))
         merged = open_checkpoint(folder)
         if set(merged) != set(plan.tasks):
             return [f"The tensors in {folder} are not those that its recipe gives."]

@@ -21,7 +21,7 @@ from mergewell.models.dataflow import call, evaluating, tensors
 from mergewell.models.output_gap import output_gap
 from mergewell.models.trace import trace
 from mergewell.plan import Plan, make_plan
-from mergewell.recipe import recipe_from_flags
+from mergewell.flags import recipe_from_flags
 from mergewell.run import merge_tensors
 
 OUTSIDE = Memory(weights=0, activations=0)

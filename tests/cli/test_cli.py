@@ -18,7 +18,7 @@ from toys import family, save, tensors
 
 import mergewell
 from mergewell.cli.main import app, main
-from mergewell.recipe import recipe_from_flags
+from mergewell.flags import recipe_from_flags
 
 HERE = Path(__file__).parent
 FROZEN = {
@@ -146,6 +146,28 @@ def test_recipe_and_flags_are_the_same_merge(tmp_path: Path, capsys: pytest.Capt
     assert main(["merge", *given, "--out", str(tmp_path / "b")]) == 0
     left, right = ((tmp_path / d / "model.safetensors").read_bytes() for d in "ab")
     assert left == right
+
+
+def test_a_manifest_makes_its_merge_again(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    out, again, other = (tmp_path / name for name in ("out", "again", "other"))
+    given = flags(base, experts, method="dare", set="density=0.4", seed="5", out=str(out))
+    assert mergewell_here("merge", *given).returncode == 0
+    manifest = str(out / "manifest.json")
+    shown = mergewell_here("plan", manifest)
+    assert shown.returncode == 0 and "dare" in shown.stdout
+    ran = mergewell_here("merge", manifest, "--out", str(again))
+    assert (ran.returncode, ran.stderr.count("warning")) == (0, 0), ran.stderr
+    left, right = ((folder / "model.safetensors").read_bytes() for folder in (out, again))
+    assert left == right
+    save(experts[1], {**tensors(1), "scale": torch.tensor(2.0)})
+    ran = mergewell_here("merge", manifest, "--out", str(other))
+    assert ran.returncode == 0
+    warnings = [line for line in ran.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "expert1/model.safetensors is not what was" in warnings[0]
+    refused(mergewell_here("merge", manifest, "--seed", "1", "--out", "x"), "--seed exclude")
 
 
 def test_plan_prints_every_tensor_and_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

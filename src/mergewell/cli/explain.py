@@ -125,9 +125,9 @@ def opened(
         UserError: as `make_plan`; or no architecture is named.
     """
     from mergewell.errors import ModelError
+    from mergewell.flags import recipe_from_flags
     from mergewell.models.loader import ModuleSource
     from mergewell.plan import make_plan
-    from mergewell.recipe import recipe_from_flags
 
     recipe = recipe_from_flags(base=base, experts=experts, method="average", settings=[])
     planned = make_plan(recipe)

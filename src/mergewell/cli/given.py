@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from mergewell.errors import ModelError, RecipeError, did_you_mean
-from mergewell.recipe import Recipe, read_recipe, recipe_from_flags
+from mergewell.flags import recipe_from_flags
+from mergewell.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from mergewell.calibration.data import Data

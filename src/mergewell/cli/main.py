@@ -25,6 +25,7 @@ Experts = Annotated[
     typer.Option("--expert", metavar="PATH[:C]", help="An expert and its coefficient; repeat."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, or the manifest.json of a merge.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core if absent.")]
 Method = Annotated[str, typer.Option("--method", help="A name from `mergewell methods`.")]
 Settings = Annotated[
@@ -108,16 +109,18 @@ def check(
 
 
 @app.command()
-def plan(recipe: Path, json: Json = False, workers: Workers = None) -> None:
+def plan(recipe: RecipeFile, json: Json = False, workers: Workers = None) -> None:
     """Show what every tensor will get, costs and warnings."""
-    from mergewell.cli import commands
+    from mergewell.cli import merge as commands
 
     commands.plan(recipe, as_json=json, workers=workers)
 
 
 @app.command()
 def merge(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe; or use the flags.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe or a merge's manifest.json; or use the flags.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write.")] = None,
     base: Base = None,
     expert: Experts = None,
@@ -145,7 +148,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge by a recipe or by flags; complete or not at all."""
-    from mergewell.cli import commands
+    from mergewell.cli import merge as commands
 
     commands.merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],

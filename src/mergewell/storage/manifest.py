@@ -11,7 +11,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergewell.errors import CheckpointError
-from mergewell.storage.strict_json import read_object
+from mergewell.storage.strict_json import parse_object
 
 MANIFEST = "manifest.json"
 
@@ -91,9 +91,15 @@ class Manifest(_Contract):
     """The same by tensor, of those that changed."""
     seed: int
     versions: Mapping[str, str]
+    """Of what merged, and under "device" where the arithmetic was done."""
     directory: str = "."
     """Where the merge was run: what relative paths are relative to."""
     seconds: float
+
+    @property
+    def device(self) -> str:
+        """Where the arithmetic was done."""
+        return self.versions.get("device", "cpu")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -105,13 +111,56 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}; give a folder that mergewell wrote.")
-    content = read_object(path, remedy="merge again")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check it.") from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """Return the manifest that stood at `path` with this text.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    content = parse_object(text, where=str(path), remedy="merge again")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {field!r}: {first['msg']}; merge again.") from error
+
+
+def manifest_at(path: Path) -> Manifest | None:
+    """Return the manifest in a file of any name, or None where something else stands.
+
+    Raises:
+        CheckpointError: the manifest is malformed.
+    """
+    if path.suffix != ".json":
+        return None
+    try:
+        text = path.read_bytes()
+        content = parse_object(text, where=str(path), remedy="mend it")
+    except (OSError, CheckpointError):
+        return None
+    return parse_manifest(text, path) if content.keys() >= {"recipe", "outputs"} else None
+
+
+def changed_inputs(before: Manifest, after: Manifest) -> list[str]:
+    """Return the files that one merge read and another, of the same recipe, had others for.
+
+    They are told by their hashes, wherever they lie; hashes of two kinds say nothing.
+    """
+    kinds = {file.hash.partition(":")[0] for file in after.inputs}
+    found = {file.hash for file in after.inputs}
+    return [
+        file.path
+        for file in before.inputs
+        if file.hash not in found and file.hash.partition(":")[0] in kinds
+    ]
 
 
 def verify_files(folder: Path) -> list[str]:

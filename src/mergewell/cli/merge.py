@@ -1,0 +1,176 @@
+"""What `merge` and `plan` do and print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mergewell.cli.explain import print_json
+from mergewell.cli.given import chosen_recipe
+from mergewell.cli.progress import steps
+from mergewell.device import make_device
+from mergewell.errors import OutputError, RecipeError, did_you_mean
+from mergewell.jobs import JobResult, parse_shard, run_shard
+from mergewell.plan import make_plan
+from mergewell.recipe import read_recipe
+from mergewell.run import run as run_plan
+from mergewell.storage.manifest import Algorithm, Manifest, changed_inputs, manifest_at
+
+ENGINES = ("threads", "ray")
+ALGORITHMS: dict[str, Algorithm] = {"xxh3-128": "xxh3-128", "sha256": "sha256"}
+
+
+def _workers(workers: int | None) -> int:
+    return workers if workers is not None else os.cpu_count() or 1
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def merge(
+    recipe_file: Path | None,
+    out: Path | None,
+    *,
+    base: str | None,
+    experts: Sequence[str],
+    method: str | None,
+    settings: Sequence[str],
+    seed: int | None,
+    dtype: str | None,
+    resume: bool,
+    workers: int | None,
+    shard: str | None,
+    engine: str,
+    device: str,
+    hash_kind: str,
+    print_recipe: bool,
+    as_json: bool,
+) -> None:
+    """Merge by a recipe file or by flags."""
+    recipe = chosen_recipe(
+        recipe_file, base=base, experts=experts, method=method, settings=settings, seed=seed,
+        dtype=dtype,
+    )  # fmt: skip
+    if print_recipe:
+        print(recipe.to_yaml(), end="")
+        return
+    if out is None:
+        raise OutputError("No output folder is named; add --out DIR.")
+    if engine not in ENGINES:
+        raise RecipeError(f"--engine {engine}: {did_you_mean(engine, ENGINES)}")
+    if hash_kind not in ALGORITHMS:
+        raise RecipeError(f"--hash {hash_kind}: {did_you_mean(hash_kind, ALGORITHMS)}")
+    if shard is not None and engine != "threads":
+        raise RecipeError(f"--shard {shard} and --engine {engine} exclude each other; drop one.")
+    where = make_device(device)
+    if device != "cpu" and (shard is not None or engine != "threads"):
+        raise RecipeError(
+            f"--device {device} and {'--shard' if shard is not None else '--engine ray'} exclude "
+            "each other; drop one."
+        )
+    job = parse_shard(shard) if shard is not None else None
+    before = manifest_at(recipe_file) if recipe_file is not None else None
+    planned = make_plan(recipe)
+    for warning in planned.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    written = 0
+    with steps(in_bytes=True) as shown:
+
+        def progress(count: int) -> None:
+            nonlocal written
+            written += count
+            shown.update("merge", written, planned.write_bytes)
+
+        algorithm = ALGORITHMS[hash_kind]
+        if job is not None:
+            result = run_shard(
+                planned, out, *job, workers=_workers(workers), algorithm=algorithm,
+                on_progress=progress,
+            )  # fmt: skip
+            manifest = result.manifest
+            if manifest is None:
+                _print_job(result, out, as_json=as_json)
+                return
+        elif engine == "ray":
+            from mergewell.engines.ray import run_on_ray
+
+            manifest = run_on_ray(
+                planned, out, workers=workers, resume=resume, algorithm=algorithm,
+                on_progress=progress,
+            )  # fmt: skip
+        else:
+            manifest = run_plan(
+                planned, out, workers=_workers(workers), resume=resume, algorithm=algorithm,
+                device=where, on_progress=progress,
+            )  # fmt: skip
+    for warning in _not_the_same(before, manifest) if before is not None else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    print(
+        f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
+        f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s."
+    )
+
+
+def _not_the_same(before: Manifest, after: Manifest) -> list[str]:
+    """Return why a merge that was made again from its manifest may not be the same."""
+    found = [
+        f"{path} is not what was merged then: no input has its hash."
+        for path in changed_inputs(before, after)
+    ]
+    if before.device != after.device:
+        found.append(f"It was merged on {before.device} then, whose last bits can differ.")
+    return found
+
+
+def _print_job(result: JobResult, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"version": 1, "written": result.written, "missing": result.missing})
+        return
+    left = (
+        f"{len(result.missing)} are still missing, and whoever finishes last commits"
+        if result.missing
+        else "none is missing, and another job has committed or is about to"
+    )
+    print(f"{out}: {len(result.written)} files written by this job; {left}.")
+
+
+def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
+    """Show a plan."""
+    planned = make_plan(read_recipe(recipe_file))
+    count = _workers(workers)
+    if as_json:
+        print_json(planned.as_data(count))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensor", "shape", "dtype", "method", "coefficients"):
+        table.add_column(heading)
+    for task in planned.tasks.values():
+        table.add_row(
+            task.name,
+            "×".join(map(str, task.spec.shape)) or "scalar",
+            str(task.spec.dtype).removeprefix("torch."),
+            task.treatment,
+            "" if task.copied_from is not None else " ".join(f"{c:g}" for c in task.coefficients),
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(
+        f"\n{len(planned.tasks)} tensors · reads {_bytes(planned.read_bytes)} in {planned.passes} "
+        f"pass{'es' if planned.passes > 1 else ''} · writes {_bytes(planned.write_bytes)} · memory "
+        f"up to {_bytes(planned.peak_bytes(count))} with {count} workers · about "
+        f"{(planned.read_bytes + planned.write_bytes) / 1e9:.1f} s at 1 GB/s"
+    )
+    for warning in planned.warnings:
+        print(f"warning: {warning}")
