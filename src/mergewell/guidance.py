@@ -1,16 +1,17 @@
 """Guidance: what a calibration says of single tensors, for methods that ask for it.
 
 A calibration (`mergewell.calibration`) holds states by unit, and its header says in which rows of
-which parameters the nodes of a unit stand. Here a unit's values are laid on those rows.
+which parameters the nodes of a unit stand. Here a unit's values are laid on those rows. Of linear
+maps it may hold the Gram matrices of what they were given.
 
-Shapes: R rows of a tensor, O nodes of a unit.
+Shapes: R rows of a tensor, O nodes of a unit; K experts, G groups of inputs, I inputs of a group.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from mergewell.storage.manifest import hash_file, new_hasher
 from mergewell.storage.weight_file import SafetensorsFile
 from mergewell.tensor_group import Value
 
-FAMILIES = ("m_loss",)
-"""What methods may ask for."""
+FAMILIES: Mapping[str, str] = {
+    "m_loss": "M-Loss",
+    "gram": "Gram matrices (`calibrate --gram`)",
+}
+"""What methods may ask for, and what that is."""
 
 _KEY, _VERSION = "mergewell.calibration", 1
 _ENDS = 64  # elements at either end of a tensor that tell a model
@@ -48,6 +52,19 @@ class Nodes:
         return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
 
 
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A linear map whose inputs' Gram matrices are known."""
+
+    place: str
+    """What the calibration calls it."""
+
+    along: int
+    """The dimension of its weight that counts inputs."""
+
+    experts: int
+
+
 @dataclass(frozen=True)
 class Guidance:
     """An opened calibration and the tensors that it speaks of."""
@@ -62,6 +79,9 @@ class Guidance:
     left_out: Mapping[str, str]
     """Tensors of measured units that cannot be guided, with the reason."""
 
+    maps: Mapping[str, Map] = field(default_factory=dict[str, "Map"])
+    """Weights of linear maps whose inputs' Gram matrices are known, by tensor name."""
+
     partly: str = ""
     """What to say of a calibration that has not seen all of its data."""
 
@@ -69,6 +89,23 @@ class Guidance:
     def digest(self) -> str:
         """Hash of the whole file."""
         return hash_file(self.file.path)
+
+    def guides(self, name: str, families: Sequence[str]) -> bool:
+        """Return whether all that a method asks for is known of a tensor.
+
+        Raises:
+            PlanError: there is no such family, or the calibration holds nothing of it.
+        """
+        known = {"m_loss": self.tensors, "gram": self.maps}
+        for family in families:
+            if family not in FAMILIES:
+                raise PlanError(f"Nothing guides a merge by {family!r}; known: {[*FAMILIES]}.")
+            if not known[family] and not (family == "m_loss" and self.left_out):
+                raise PlanError(
+                    f"The calibration {self.file.path} holds no {FAMILIES[family]}; calibrate "
+                    "again with what gathers them."
+                )
+        return bool(families) and all(name in known[family] for family in families)
 
     def described(self, guided: Sequence[str], names: Sequence[str]) -> str:
         """Return what to say of the calibration in a plan that guides some of its tensors by it.
@@ -79,7 +116,7 @@ class Guidance:
         if not guided:
             raise PlanError(
                 f"The calibration {self.file.path} guides no tensor; choose a method that asks for "
-                "it, such as m_ties, for the layers that it measured, or leave it out."
+                "it, such as m_ties or regmean, for the layers that it measured, or leave it out."
             )
         reasons = [f"; {n} is not: {why}" for n, why in self.left_out.items() if n in names]
         return (
@@ -90,12 +127,15 @@ class Guidance:
     def values(
         self, name: str, families: Sequence[str], start: int = 0, stop: int | None = None
     ) -> dict[str, Tensor]:
-        """Return what is known of rows [start, stop) of a tensor, in float64.
+        """Return what is known of a tensor, in float64; by row, of rows [start, stop).
 
         - `m_loss` [R]: node M-Loss of each row's node
         - `m_loss_rank` [R]: its place among the tensor's rows, from 0, the smallest, to 1; ties
           from the front
         - `m_loss_layer_rank` []: the place of the unit's relative M-Loss among all units
+        - `gram` [K, G, I, I]: of each expert, the sum of h h^T over the inputs h of the map
+        - `gram_rows` [K]: the number of these inputs
+        - `gram_along` []: the tensor's dimension that counts inputs, 1 or 0
 
         Raises:
             PlanError: there is no such family.
@@ -104,9 +144,50 @@ class Guidance:
         found: dict[str, Tensor] = {}
         for family in families:
             if family not in FAMILIES:
-                raise PlanError(f"Nothing guides a merge by {family!r}; known: {FAMILIES}.")
-            found |= self._m_loss.get(name, {})
-        return {key: value[start:stop] if value.dim() else value for key, value in found.items()}
+                raise PlanError(f"Nothing guides a merge by {family!r}; known: {[*FAMILIES]}.")
+            if family == "m_loss":
+                whole = self._m_loss.get(name, {})
+                found |= {k: v[start:stop] if v.dim() else v for k, v in whole.items()}
+            elif name in self.maps:
+                found |= self._gram(self.maps[name])
+        return found
+
+    def _gram(self, known: Map) -> dict[str, Tensor]:
+        """Return the Gram matrices of a map's inputs.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        grams: list[Tensor | None] = []
+        rows: list[float] = []
+        for number in range(1, known.experts + 1):
+            key = f"gram/{known.place}/expert {number}"
+            if f"{key}/gram" not in self.file.specs:  # none of its inputs came here
+                grams.append(None)
+                rows.append(0.0)
+                continue
+            gram = self._read(f"{key}/gram").to(torch.float64)
+            grams.append(gram if gram.dim() == 3 else gram[None])
+            rows.append(float(self._read(f"{key}/count")))
+        found = [gram for gram in grams if gram is not None]
+        shapes = {tuple(gram.shape) for gram in found}
+        if len(shapes) != 1 or not all(bool(gram.isfinite().all()) for gram in found):
+            raise CheckpointError(
+                f"{self.file.path}: the Gram matrices of {known.place} are not of one shape and "
+                "finite; calibrate again."
+            )
+        nothing = torch.zeros_like(found[0])
+        return {
+            "gram": torch.stack([nothing if gram is None else gram for gram in grams]),
+            "gram_rows": torch.tensor(rows, dtype=torch.float64),
+            "gram_along": torch.tensor(known.along),
+        }
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.file.specs:
+            raise CheckpointError(f"{self.file.path}: {name} is missing; calibrate again.")
+        spec = self.file.specs[name]
+        return self.file.read(name, 0, spec.numel).view(spec.shape)
 
     @cached_property
     def _m_loss(self) -> Mapping[str, Value]:
@@ -171,6 +252,7 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
             for unit in about["units"]
             for branch in unit["branches"]
         ]
+        grams = {str(place): int(along) for place, along in about.get("grams", {}).items()}
         done, batches = len(about["done"]), int(about["batches"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -180,12 +262,7 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
     tensors: dict[str, list[Nodes]] = {}
     left_out: dict[str, str] = {}
     for nodes, parameter, dim in places:
-        name = parameter_name(parameter, models[0])
-        if name is None:
-            raise PlanError(
-                f"{path} measured {parameter}, which {models[0].path} lacks; calibrate the models "
-                "that are merged."
-            )
+        name = _found(path, parameter, models[0])
         tensors.setdefault(name, []).append(nodes)
         if dim != 0:
             left_out[name] = f"its nodes stand along dimension {dim}, not in rows"
@@ -203,7 +280,26 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
             left_out.setdefault(name, "only some of its rows were measured")
     kept = {name: tuple(parts) for name, parts in tensors.items() if name not in left_out}
     partly = f" (which saw {done} of {batches} batches)" if done < batches else ""
-    return Guidance(file, kept, {name: sizes[name] for name in kept}, left_out, partly)
+    maps = {
+        _found(path, f"{place}.weight", models[0]): Map(place, along, len(models) - 1)
+        for place, along in grams.items()
+    }
+    return Guidance(file, kept, {name: sizes[name] for name in kept}, left_out, maps, partly)
+
+
+def _found(path: str | Path, parameter: str, base: Checkpoint) -> str:
+    """Return a measured parameter's name in the checkpoints.
+
+    Raises:
+        PlanError: they lack it.
+    """
+    name = parameter_name(parameter, base)
+    if name is None:
+        raise PlanError(
+            f"{path} measured {parameter}, which {base.path} lacks; calibrate the models that are "
+            "merged."
+        )
+    return name
 
 
 def model_digest(checkpoint: Checkpoint) -> str:

@@ -249,7 +249,8 @@ def _task(
             f"{method.component_name()} is guided by a calibration; make one with `mergewell "
             "calibrate` and name it in the recipe with `calibration: FILE`."
         )
-    method = method.for_tensor(name, guided=guidance is not None and name in guidance.tensors)
+    guided = guidance is not None and guidance.guides(name, method.needs.calibration)
+    method = method.for_tensor(name, guided=guided)
     for expert in experts:
         other = _find(expert, name, reference)
         if other.shape != spec.shape:

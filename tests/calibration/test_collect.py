@@ -16,12 +16,12 @@ from mergewell.calibration.data import Data, Memory
 from mergewell.calibration.result import Calibration
 from mergewell.check import build_module
 from mergewell.errors import DataError, RecipeError
+from mergewell.flags import recipe_from_flags
 from mergewell.models.capture import measure_m_loss
 from mergewell.models.dataflow import call, evaluating, tensors
 from mergewell.models.output_gap import output_gap
 from mergewell.models.trace import trace
 from mergewell.plan import Plan, make_plan
-from mergewell.flags import recipe_from_flags
 from mergewell.run import merge_tensors
 
 OUTSIDE = Memory(weights=0, activations=0)
@@ -212,7 +212,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     moved = Data(cnn, (used.batches[0], used.batches[1] + 1), 10)
     with pytest.raises(DataError, match="different data"):
         first.join(calibrate(plan, moved, shard=(1, 2)))
-    with pytest.raises(DataError, match="only one holds gram/head/expert 1"):
+    with pytest.raises(DataError, match=r"only one holds gram/blocks\.0\.conv1/expert 1"):
         first.join(calibrate(plan, data("cnn", batches=2, gram=True), shard=(1, 2)))
     with pytest.raises(DataError, match="Shard 2/3 gets none of the 2 batches"):
         calibrate(plan, used, shard=(2, 3))

@@ -27,6 +27,7 @@ from mergewell.calibration.result import FAMILIES, Calibration, Head
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import DataError, RecipeError
 from mergewell.models.dataflow import Batch, parts, tensors
+from mergewell.models.maps import MapCall, WatchingMaps, weights
 from mergewell.models.observe import Averages, observing
 from mergewell.models.own_path import OwnPaths
 from mergewell.models.spill import Spill
@@ -118,9 +119,11 @@ class _Collector:
         self._m_loss: dict[str, State] = {unit.name: {} for unit in self._units}
         self._states: dict[str, State] = {}
         self._blocks: dict[str, None] = {}
+        self._grams: dict[str, int] = {}
         self._own = OwnPaths(self._experts, MERGED, self._shares, self._m_loss)
         self._averages: tuple[str, Averages] | None = None
         self._has_blocks = False
+        self._owners = data.owner_of(len(self._experts))
         sizes = [len(next(iter(tensors(batch)))) for batch in data.batches]
         self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self._sizes = sizes
@@ -159,7 +162,7 @@ class _Collector:
                     stack.enter_context(self._own.watching(model, own, units))
             elif model == self._reference:
                 stack.enter_context(self._observing(module, units, batch))
-            if self._data.gram and model in self._experts:
+            if self._data.gram and self._is_own(model, batch):
                 stack.enter_context(self._gathering(model, module, batch))
             yield
 
@@ -190,6 +193,8 @@ class _Collector:
             units=tuple(unit for unit in self._units if f"m_loss/{unit.name}" in m_loss),
             blocks=tuple(self._blocks),
             uncovered=self._uncovered,
+            owners=tuple(self._data.owners),
+            grams=self._grams,
         )
         seen = sum(self._sizes[number] for number in done)
         return Calibration(head, done, seen, {**m_loss, **self._states})
@@ -217,22 +222,22 @@ class _Collector:
             averages=self._averages[1],
         )
 
-    @contextmanager
-    def _gathering(self, model: str, module: str, batch: Batch) -> Generator[None]:
-        """Add the inputs of all linear layers within a module to their Gram matrices."""
+    def _is_own(self, model: str, batch: Batch) -> bool:
+        """Return whether a model is an expert and a batch is of its task, or of all tasks."""
+        return model in self._experts and self._owners.get(id(batch), model) == model
+
+    def _gathering(self, model: str, module: str, batch: Batch) -> AbstractContextManager[object]:
+        """Add the inputs of all linear maps within a module to their Gram matrices."""
+
+        def see(call: MapCall) -> None:
+            place = call.parameter.removesuffix(".weight")
+            self._grams[place] = call.along
+            keep = None if call.window is not None else kept(batch, call.inputs)
+            inputs = LayerInputs(call.inputs, keep=keep, window=call.window)
+            self._add(f"gram/{place}/{model}", inputs)
+
         part = self.skeletons[model].module.get_submodule(module)
-        with ExitStack() as hooks:
-            for name, layer in parts(part):
-                if isinstance(layer, nn.Linear):
-                    place = ".".join(filter(None, (module, name)))
-
-                    def hook(
-                        _layer: nn.Module, args: Any, key: str = f"gram/{place}/{model}"
-                    ) -> None:
-                        self._add(key, LayerInputs(args[0], keep=kept(batch, args[0])))
-
-                    hooks.callback(layer.register_forward_pre_hook(hook).remove)
-            yield
+        return WatchingMaps(weights(part, module), see)
 
     def _see_end(self, outputs: Sequence[Any], number: int) -> None:
         first = [_first(output) for output in outputs]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mergewell.errors import DataError
 from mergewell.models.capture import Mode
 from mergewell.models.dataflow import Batch
 from mergewell.models.units import CHEAP, Kind
@@ -37,6 +38,30 @@ class Data:
 
     gram: bool = False
     """Whether Gram matrices of the experts' linear layers are gathered: I^2 numbers a layer."""
+
+    owners: Sequence[int] = ()
+    """For each batch, the number from 0 of the expert whose task it is of; none if it is of all.
+
+    A Gram matrix is made of an expert's own batches; all else that is gathered takes all batches.
+    """
+
+    def owner_of(self, experts: int) -> dict[int, str]:
+        """Return the expert's name for each batch, by the batch's identity, where it has one.
+
+        Raises:
+            DataError: an expert's number is missing for a batch, or is that of none of `experts`.
+        """
+        if not self.owners:
+            return {}
+        if len(self.owners) != len(self.batches) or not {*self.owners} <= {*range(experts)}:
+            raise DataError(
+                f"{len(self.batches)} batches belong to experts {sorted({*self.owners})} of "
+                f"{experts}; name one from 0 on for each batch, or none at all."
+            )
+        return {
+            id(batch): expert_name(owner)
+            for batch, owner in zip(self.batches, self.owners, strict=True)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +97,19 @@ def first_samples(batches: Sequence[Batch], count: int = 2) -> Batch:
     return {name: tensor[:count] for name, tensor in first.items()}
 
 
+def expert_name(number: int) -> str:
+    """Return what the expert of a number from 0 on is called: `expert 1`, `expert 2`, ..."""
+    return f"expert {number + 1}"
+
+
 def kept(batch: Batch, hidden: Tensor) -> Tensor | None:
-    """Return which tokens of [N, T, D] are no padding, [N, T], if the batch says so."""
+    """Return which tokens of [N, T, D] or [N * T, D] are no padding, if the batch says so.
+
+    The result has the shape of `hidden` without D.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and hidden.shape[:-1] == (mask.numel(),) and mask.numel() != len(mask):
+        mask = mask.flatten()
     if mask is None or hidden.shape[:-1] != mask.shape:
         return None
     return mask.to(torch.bool)

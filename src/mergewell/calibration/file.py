@@ -55,6 +55,8 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
         "units": [plain(unit) for unit in head.units],
         "blocks": head.blocks,
         "uncovered": dict(head.uncovered),
+        "owners": head.owners,
+        "grams": dict(head.grams),
         "done": sorted(calibration.done),
         "seen": calibration.seen,
     }
@@ -96,6 +98,8 @@ def read_calibration(path: str | Path) -> Calibration:
             units=tuple(unplain(unit) for unit in about["units"]),
             blocks=tuple(about["blocks"]),
             uncovered=about["uncovered"],
+            owners=tuple(about.get("owners", ())),  # files made before these were gathered
+            grams=about.get("grams", {}),
         )
         done, seen = frozenset[int](about["done"]), int(about["seen"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

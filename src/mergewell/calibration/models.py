@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergewell.calibration.data import Data
+from mergewell.calibration.data import Data, expert_name
 from mergewell.calibration.result import Calibration, Model
 from mergewell.errors import DataError
 from mergewell.guidance import model_digest
@@ -27,7 +27,7 @@ BASE, MERGED, MEAN = "base", "merged", "mean"
 
 def expert_names(plan: Plan) -> list[str]:
     """Return what the experts are called: `expert 1`, `expert 2`, ..."""
-    return [f"expert {number}" for number in range(1, len(plan.experts) + 1)]
+    return [expert_name(number) for number in range(len(plan.experts))]
 
 
 def skeletons(plan: Plan, base: Checkpoint, data: Data) -> dict[str, Skeleton]:

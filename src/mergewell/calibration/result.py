@@ -6,7 +6,7 @@ Shapes: K experts; P = K + 2 models: the base, the experts, the merged model; N 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +74,13 @@ class Head:
 
     uncovered: Mapping[str, str]
     """Names of what M-Loss, or the comparison of blocks, left out, with the reasons."""
+
+    owners: tuple[int, ...] = ()
+    """Of which expert's task each batch is, from 0; none where all are of all."""
+
+    grams: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Modules whose inputs' Gram matrices were made, and the dimension of their weight that counts
+    the inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +171,20 @@ class Calibration:
                 f"{names[0]} and {names[1]} both hold batch {min(both)} of the data "
                 f"({len(both)} batches in all); join shards that do not overlap."
             )
-        if self.states.keys() != other.states.keys():
-            strange = min(self.states.keys() ^ other.states.keys())
+        strange_keys = self.states.keys() ^ other.states.keys()
+        if self.head.grams == other.head.grams:  # a shard may hold no batch of some expert's task
+            strange_keys = {key for key in strange_keys if not key.startswith("gram/")}
+        if strange_keys:
+            strange = min(strange_keys)
             raise DataError(
                 f"Of {names[0]} and {names[1]} only one holds {strange}; make both with the same "
                 "flags."
             )
         states = {
-            key: FAMILIES[key.partition("/")[0]].join(state, other.states[key])
-            for key, state in self.states.items()
+            key: FAMILIES[key.partition("/")[0]].join(
+                self.states.get(key, {}), other.states.get(key, {})
+            )
+            for key in {**self.states, **other.states}
         }
         done, seen = self.done | other.done, self.seen + other.seen
         return replace(self, done=done, seen=seen, states=states)
@@ -185,4 +197,5 @@ _SAME: Mapping[str, Callable[[Head], object]] = {
     "coefficients": lambda head: head.coefficients,
     "units": lambda head: [unit.name for unit in head.units],
     "blocks": lambda head: head.blocks,
+    "owners of batches": lambda head: head.owners,
 }
