@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,38 +12,42 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from rich.console import Console
 
 from mergewell.cli.explain import print_json
-from mergewell.cli.given import read_data
+from mergewell.cli.given import chosen_recipe, read_data
 from mergewell.cli.progress import steps
 from mergewell.component import Fractions
 from mergewell.errors import DataError, OutputError
-from mergewell.flags import recipe_from_flags
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
 
 
 def check(
+    recipe_file: Path | None,
+    *,
     base: str | None,
     experts: Sequence[str],
-    *,
     data: str | None,
     calibration: Path | None,
     mode: str,
     samples: int,
     model_factory: str | None,
-    method: str,
+    method: str | None,
     settings: Sequence[str],
     deep: bool,
     json_file: str | None,
     html_file: Path | None,
 ) -> None:
-    """Check experts against their base."""
+    """Check what a recipe, or flags, would merge."""
     from mergewell import check as checking
     from mergewell.calibration.file import read_calibration
 
-    recipe = recipe_from_flags(base=base, experts=experts, method=method, settings=settings)
-    planned = make_plan(recipe)
+    recipe = chosen_recipe(
+        recipe_file, base=base, experts=experts, method=method, settings=settings
+    )
     if calibration is not None and data is not None:
         raise DataError("--calibration and --data exclude each other; drop one.")
+    planned = make_plan(recipe)
+    for warning in planned.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     used = None
     if data is not None:
         used = read_data(recipe, data, mode=mode, samples=samples, model_factory=model_factory)

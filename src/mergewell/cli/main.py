@@ -27,7 +27,6 @@ Experts = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, or the manifest.json of a merge.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core if absent.")]
-Method = Annotated[str, typer.Option("--method", help="A name from `mergewell methods`.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the method.")
 ]
@@ -79,6 +78,7 @@ def demo(
 
 @app.command()
 def check(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; or use the flags.")] = None,
     base: Base = None,
     expert: Experts = None,
     data: Data = None,
@@ -88,7 +88,9 @@ def check(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of `calibrate`, in place of --data.")
     ] = None,
-    method: Method = "average",
+    method: Annotated[
+        str | None, typer.Option(help="A name from `mergewell methods`; average if absent.")
+    ] = None,
     set_: Settings = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decompose matrices: minutes on large models.")
@@ -98,13 +100,13 @@ def check(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
 ) -> None:
-    """Say whether experts will merge (with M-Loss, given --data)."""
+    """Say whether what a recipe or flags name will merge (with M-Loss, given --data)."""
     from mergewell.cli import commands
 
     commands.check(
-        base, expert or [], data=data, calibration=calibration, mode=mode, samples=samples,
-        model_factory=model_factory, method=method, settings=set_ or [], deep=deep,
-        json_file=json, html_file=html,
+        recipe, base=base, experts=expert or [], data=data, calibration=calibration, mode=mode,
+        samples=samples, model_factory=model_factory, method=method, settings=set_ or [],
+        deep=deep, json_file=json, html_file=html,
     )  # fmt: skip
 
 
