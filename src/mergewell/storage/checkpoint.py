@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mergewell.errors import CheckpointError
+from mergewell.storage.adapter import AdapterCheckpoint, find_adapter
 from mergewell.storage.base import Checkpoint, Shard
 from mergewell.storage.folder import Source, find_side_files, find_source, read_config
 from mergewell.storage.spec import TensorSpec
@@ -17,15 +18,19 @@ __all__ = ["Checkpoint", "FileCheckpoint", "Shard", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a file, a Hugging Face folder or an index; a task vector needs its `base`.
+    """Open a file, a Hugging Face folder or an index; adapters and task vectors need `base`.
 
     Known: `.safetensors`; folders and `.index.json` files as transformers saves them; `.bin`,
     `.pt`, `.pth` and `.ckpt` if they hold tensors only (also under one key `state_dict`); task
-    vectors as `views.write_task_vector` makes them. Ordinary checkpoints make no use of `base`.
+    vectors as `views.write_task_vector` makes them; LoRA adapters as PEFT saves them. Ordinary
+    checkpoints make no use of `base`.
 
     Raises:
-        CheckpointError: missing, malformed, of an unknown kind, or a task vector without base.
+        CheckpointError: missing, malformed, of an unknown kind, or one that lacks its base.
     """
+    adapter = find_adapter(Path(path))
+    if adapter is not None:
+        return AdapterCheckpoint(FileCheckpoint(adapter), base)
     opened = FileCheckpoint(Path(path))
     return TaskVectorCheckpoint(opened, base) if is_task_vector(opened) else opened
 
