@@ -9,8 +9,8 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "mergewell"
 LAYERS = [
-    {"errors", "component", "tensor_group", "storage", "statistics"},
-    {"methods", "models", "kernels"},
+    {"errors", "component", "tensor_group", "storage", "statistics", "linalg"},
+    {"methods", "models", "kernels", "gram", "matrices"},
     {
         "recipe",
         "flags",
@@ -24,9 +24,11 @@ LAYERS = [
         "verify",
         "engines",
         "device",
+        "inputs",
+        "labelled",
+        "repair",
     },
-    {"diagnostics", "learners", "evaluate", "inputs", "calibration"}
-    | {"companions", "descent", "explain", "labelled", "repair"},
+    {"diagnostics", "learners", "evaluate", "calibration", "companions", "descent", "explain"},
     {"report", "tune", "advise", "check", "demo"},
     {"cli"},
 ]
