@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "mergewell"
 LAYERS = [
     {"errors", "component", "tensor_group", "storage", "statistics", "linalg"},
-    {"methods", "models", "kernels", "gram", "matrices"},
+    {"methods", "models", "kernels", "gram", "matrices", "low_rank"},
     {
         "recipe",
         "flags",
@@ -22,6 +22,8 @@ LAYERS = [
         "blocks",
         "jobs",
         "verify",
+        "extract",
+        "extract_layout",
         "engines",
         "device",
         "inputs",

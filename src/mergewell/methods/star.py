@@ -1,0 +1,43 @@
+"""Cut task matrices down to leading directions, restore their size, and average (STAR)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mergewell.matrices import SpectralMerge, TaskMatrices
+from mergewell.methods import ops
+from mergewell.methods.base import Fraction, Laws
+
+
+class Star(SpectralMerge):
+    """Cut task matrices down to leading directions, restore their size, and average (STAR).
+
+    Of each c_k (theta_k - theta_0) as few directions are kept as hold the share `keep` of the sum
+    of its singular values; these are scaled up so that the sum is what it was.
+
+    Paper: Lee et al. 2025, "STAR: Spectral truncation and rescale", arXiv:2502.10339, section 3.
+    Departures: none; the share is eta of the paper, in (0, 1] instead of percent.
+    """
+
+    paper: ClassVar[str] = "arXiv:2502.10339"
+    laws: ClassVar[Laws] = Laws(neutral={"keep": 1.0, "scale": 1.0})
+
+    keep: Fraction = 0.4
+    """Share of the sum of singular values that is kept."""
+
+    def combine(self, matrices: TaskMatrices) -> Tensor:
+        """Return the average of the truncated and rescaled task matrices."""
+        cut = [self._cut(matrices[k]) for k in range(len(matrices))]
+        return ops.total(cut) / len(matrices)
+
+    def _cut(self, matrix: Tensor) -> Tensor:
+        factors = self.factors(matrix)
+        if not len(factors.values):
+            return factors.matrix()
+        held = factors.values.to(torch.float64).cumsum(0)
+        rank = int((held < self.keep * held[-1] * (1 - 1e-9)).sum()) + 1
+        top = factors.top(rank)
+        return top.matrix(top.values * float(held[-1] / held[rank - 1]))
