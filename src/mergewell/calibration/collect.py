@@ -120,6 +120,7 @@ class _Collector:
         self._states: dict[str, State] = {}
         self._blocks: dict[str, None] = {}
         self._grams: dict[str, int] = {}
+        self._weights = {name: weights(self.skeletons[name].module) for name in self._experts}
         self._own = OwnPaths(self._experts, MERGED, self._shares, self._m_loss)
         self._averages: tuple[str, Averages] | None = None
         self._has_blocks = False
@@ -163,7 +164,7 @@ class _Collector:
             elif model == self._reference:
                 stack.enter_context(self._observing(module, units, batch))
             if self._data.gram and self._is_own(model, batch):
-                stack.enter_context(self._gathering(model, module, batch))
+                stack.enter_context(self._gathering(model, batch))
             yield
 
     def see(self, step: Step, number: int) -> None:
@@ -226,18 +227,17 @@ class _Collector:
         """Return whether a model is an expert and a batch is of its task, or of all tasks."""
         return model in self._experts and self._owners.get(id(batch), model) == model
 
-    def _gathering(self, model: str, module: str, batch: Batch) -> AbstractContextManager[object]:
-        """Add the inputs of all linear maps within a module to their Gram matrices."""
+    def _gathering(self, model: str, batch: Batch) -> AbstractContextManager[object]:
+        """Add the inputs of all linear maps that are called to their Gram matrices."""
 
         def see(call: MapCall) -> None:
             place = call.parameter.removesuffix(".weight")
             self._grams[place] = call.along
             keep = None if call.window is not None else kept(batch, call.inputs)
-            inputs = LayerInputs(call.inputs, keep=keep, window=call.window)
+            inputs = LayerInputs(call.inputs, keep=keep, window=call.window, single=call.single)
             self._add(f"gram/{place}/{model}", inputs)
 
-        part = self.skeletons[model].module.get_submodule(module)
-        return WatchingMaps(weights(part, module), see)
+        return WatchingMaps(self._weights[model], see)
 
     def _see_end(self, outputs: Sequence[Any], number: int) -> None:
         first = [_first(output) for output in outputs]

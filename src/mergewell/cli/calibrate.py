@@ -26,7 +26,7 @@ def calibrate(
     experts: Sequence[str],
     method: str | None,
     settings: Sequence[str],
-    data: str | None,
+    data: Sequence[str],
     samples: int,
     mode: str,
     model_factory: str | None,
@@ -39,7 +39,7 @@ def calibrate(
         recipe_file, base=base, experts=experts, method=method, settings=settings
     )
     _require_new(out)
-    if data is None:
+    if not data:
         raise DataError("No data are named; add --data PATH.")
     job = parse_shard(shard) if shard is not None else (0, 1)
     planned = make_plan(recipe)

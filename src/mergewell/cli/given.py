@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mergewell.errors import ModelError, RecipeError, did_you_mean
+from mergewell.errors import DataError, ModelError, RecipeError, did_you_mean
 from mergewell.flags import recipe_from_flags
 from mergewell.recipe import Recipe, read_recipe
 
@@ -52,7 +53,7 @@ def chosen_recipe(
 
 def read_data(
     recipe: Recipe,
-    data: str,
+    data: str | Sequence[str],
     *,
     mode: str,
     samples: int,
@@ -61,10 +62,13 @@ def read_data(
 ) -> Data:
     """Return the inputs at a path, with the architecture that takes them.
 
+    Of several paths, one an expert, each holds inputs of that expert's task, and an equal part of
+    the samples comes from each.
+
     Raises:
         RecipeError: an unknown mode.
         ModelError: nothing says what the architecture is.
-        DataError: the inputs cannot be read.
+        DataError: the inputs cannot be read, or are neither one path nor one an expert.
     """
     from mergewell.calibration.data import Data
     from mergewell.inputs import batches, load_inputs
@@ -79,7 +83,27 @@ def read_data(
             "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
         )
     source = ModuleSource.parse(model_factory or str(recipe.base))
-    inputs = load_inputs(data, model_folder=recipe.base, limit=samples)
-    cut = tuple(batches(inputs, _BATCH))
+    paths = [data] if isinstance(data, str) else [*data]
+    if len(paths) not in (1, len(recipe.experts)):
+        raise DataError(
+            f"{len(paths)} paths of data are named for {len(recipe.experts)} experts; name one, or "
+            "one for each expert, in their order."
+        )
+    limits = [len(range(number, samples, len(paths))) for number in range(len(paths))]
+    if 0 in limits:
+        raise DataError(f"{samples} samples are too few for {len(paths)} experts; ask for more.")
+    read = [
+        tuple(batches(load_inputs(path, model_folder=recipe.base, limit=limit), _BATCH))
+        for path, limit in zip(paths, limits, strict=True)
+    ]
+    cut = tuple(chain.from_iterable(read))
+    owners = [number for number, own in enumerate(read) for _ in own] if len(paths) > 1 else ()
     count = sum(len(b) if not isinstance(b, dict) else len(next(iter(b.values()))) for b in cut)
-    return Data(source.build, cut, count, mode, gram=gram)  # pyright: ignore[reportArgumentType]
+    return Data(
+        source.build,
+        cut,
+        count,
+        mode,  # pyright: ignore[reportArgumentType]
+        gram=gram,
+        owners=owners,
+    )

@@ -169,7 +169,10 @@ def calibrate(
         str | None, typer.Option(help="A name from `mergewell methods`; average if absent.")
     ] = None,
     set_: Settings = None,
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Inputs; once, or once an expert, each of its task."),
+    ] = None,
     samples: Samples = 128,
     mode: Mode = "merged",
     model_factory: Factory = None,
@@ -177,7 +180,7 @@ def calibrate(
         str | None, typer.Option(metavar="I/N", help="Run batches I, I+N, ... only; see `join`.")
     ] = None,
     gram: Annotated[
-        bool, typer.Option("--gram", help="Gather Gram matrices of linear layers too; large.")
+        bool, typer.Option("--gram", help="Gather Gram matrices of linear maps too; large.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -186,8 +189,8 @@ def calibrate(
 
     commands.calibrate(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
-        data=data, samples=samples, mode=mode, model_factory=model_factory, shard=shard, gram=gram,
-        as_json=json,
+        data=data or [], samples=samples, mode=mode, model_factory=model_factory, shard=shard,
+        gram=gram, as_json=json,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Maps: what the linear maps within a module are given, whatever module or function makes them.
 
 A map is found by the parameter that it multiplies its input by: the weight of a linear layer, of a
-convolution, or of GPT-2's transposed layers.
+convolution, of GPT-2's transposed layers, or the scale of a normalisation, which maps what was
+normalised, each number by itself.
 """
 
 from __future__ import annotations
@@ -34,23 +35,35 @@ class MapCall:
 
     window: Window | None = None
 
+    single: bool = False
+    """Whether each input is multiplied by a number of its own."""
+
 
 _ADDMM = torch.addmm
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_SCALINGS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_NORMS: Mapping[Any, tuple[str, ...]] = {
+    functional.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    functional.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    functional.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    functional.batch_norm: (
+        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+    ),
+}  # fmt: skip
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-def weights(module: nn.Module, prefix: str = "") -> dict[int, str]:
-    """Return the names of the parameters that maps may have, by identity.
+def weights(module: nn.Module) -> dict[int, str]:
+    """Return the names of the parameters called `weight` that maps may have, by identity.
 
-    Embeddings are none, though a head that is tied to one maps with it.
+    Give the whole model: embeddings are none, though a head that is tied to one maps with it.
     """
     embedded = {id(part.weight) for _, part in parts(module) if isinstance(part, nn.Embedding)}
     return {
-        id(parameter): f"{prefix}.{name}" if prefix else name
+        id(parameter): name
         for name, parameter in module.named_parameters()
-        if parameter.dim() > 1 and id(parameter) not in embedded
+        if name.rpartition(".")[2] == "weight" and id(parameter) not in embedded
     }
 
 
@@ -82,6 +95,13 @@ class WatchingMaps(TorchFunctionMode):
             inputs, window = given["input"], _window(given)
             alone = inputs.dim() == len(window.size) + 1
             return MapCall(name, inputs[None] if alone else inputs, 1, window)
+        if func in _NORMS:
+            return self._norm(func, {**dict(zip(_NORMS[func], args, strict=False)), **kwargs})
+        if func in _SCALINGS and len(args) == 2:
+            weight, inputs = args if id(args[0]) in self._names else args[::-1]
+            name = self._names.get(id(weight))
+            fits = isinstance(inputs, Tensor) and inputs.shape[-1:] == getattr(weight, "shape", 0)
+            return MapCall(name, inputs, 1, single=True) if name is not None and fits else None
         if func in _PRODUCTS and len(args) == 2:
             inputs, weight = args
         elif func is _ADDMM and len(args) == 3:
@@ -90,6 +110,17 @@ class WatchingMaps(TorchFunctionMode):
             return None
         name = self._names.get(id(weight))
         return None if name is None else MapCall(name, inputs, 0)
+
+    def _norm(self, func: Any, given: dict[str, Any]) -> MapCall | None:
+        """Return the call of a normalisation's scale, on what it normalised."""
+        name = self._names.get(id(given.get("weight")))
+        if name is None or given["weight"].dim() != 1:
+            return None
+        plain = {key: None if key in ("weight", "bias") else value for key, value in given.items()}
+        normal: Tensor = func(**plain)
+        if func in (functional.batch_norm, functional.group_norm):
+            normal = normal.movedim(1, -1)
+        return MapCall(name, normal, 1, single=True)
 
 
 def _window(given: Mapping[str, Any]) -> Window:

@@ -47,6 +47,9 @@ class LayerInputs:
     window: Window | None = None
     """Of a convolution, whose observations are the patches under its window."""
 
+    single: bool = False
+    """Whether each input is a group of its own, as a normalisation's scale takes them."""
+
     def rows(self) -> Iterator[Tensor]:
         """Yield the observations that count, a part at a time, [R, G, I].
 
@@ -55,7 +58,7 @@ class LayerInputs:
         if self.window is None:
             found = self.inputs.flatten(0, -2) if self.keep is None else self.inputs[self.keep]
             for part in torch.split(found, max(1, _ROOM // max(1, found.shape[-1]))):
-                yield part[:, None]
+                yield part[:, :, None] if self.single else part[:, None]
             return
         each = self.inputs[0].numel() * math.prod(self.window.size) if len(self.inputs) else 1
         for part in torch.split(self.inputs, max(1, _ROOM // each)):
@@ -76,7 +79,8 @@ class ActivationGram(Statistic[LayerInputs]):
             columns = rows.to(torch.float64).movedim(0, 1)  # [G, R, I]
             gram = columns.mT @ columns
             count = torch.tensor(len(rows), dtype=torch.float64)
-            state = self.join(state, {"gram": gram if len(gram) > 1 else gram[0], "count": count})
+            grouped = batch.single or len(gram) > 1
+            state = self.join(state, {"gram": gram if grouped else gram[0], "count": count})
         return state
 
     def value(self, state: State) -> Value:
