@@ -1,0 +1,143 @@
+"""Candidates to merged weights in memory: by a method's recipe, or by what a learner makes of one.
+
+A merge is kept until another method or other parameters are asked for: scales share it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import CALIBRATION, Benchmark
+from spaces import Candidate
+from torch import Tensor, nn
+
+from mergewell.calibration.collect import calibrate
+from mergewell.calibration.data import Data
+from mergewell.calibration.file import write_calibration
+from mergewell.descent.tasks import LearningTask
+from mergewell.learners.base import LEARNERS, Learner, Material
+from mergewell.methods.base import METHODS
+from mergewell.models.dataflow import Batch
+from mergewell.plan import make_plan
+from mergewell.recipe import Recipe, make_recipe
+from mergewell.run import merge_tensors
+from mergewell.storage.checkpoint import open_checkpoint
+
+State = dict[str, Tensor]
+
+
+class Merges:
+    """The merges of one benchmark; `folder` keeps the calibrations."""
+
+    def __init__(
+        self, benchmark: Benchmark, folder: Path, metric: Callable[[nn.Module], float]
+    ) -> None:
+        self.of, self._folder, self._metric = benchmark, folder, metric
+        with open_checkpoint(benchmark.base) as base:
+            self.base = {name: base[name].float().clone() for name in base}
+        self._known: tuple[str, State] = ("", {})
+
+    def expert(self, task: str) -> State:
+        """Return an expert's weights."""
+        with open_checkpoint(self.of.base) as base:
+            expert = open_checkpoint(self.of.experts[task], base=base)
+            return {name: expert[name].float() for name in expert}
+
+    def merged(self, method: str, candidate: Candidate) -> State:
+        """Return the merged weights: base + scale * (merge - base), in float32.
+
+        Raises:
+            UserError: whatever is wrong with the method here.
+        """
+        key = json.dumps([method, dict(candidate.parameters)], sort_keys=True)
+        if self._known[0] != key:
+            self._known = ("", {})  # not both in memory
+            recipe = self.recipe(method, candidate.parameters)
+            made = merge_tensors(make_plan(recipe))
+            self._known = (key, {name: tensor.float() for name, tensor in made})
+        state = self._known[1]
+        if candidate.scale == 1.0:
+            return state
+        return {
+            name: torch.lerp(self.base[name], tensor, candidate.scale)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in state.items()
+        }
+
+    def recipe(self, method: str, parameters: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a method, or the one that a learner ends with."""
+        if method not in METHODS.names():
+            return self._learned(LEARNERS.build(method, parameters))
+        data: dict[str, Any] = {
+            "base": str(self.of.base),
+            "experts": [{"path": str(path)} for path in self.of.experts.values()],
+            "method": {"name": method, **parameters},
+            "rules": list(self.of.rules),
+            "seed": self.of.seed,
+        }
+        if METHODS.build(method, parameters).needs.calibration:
+            data["calibration"] = str(self._calibration())
+        return make_recipe(data)
+
+    def _learned(self, learner: Learner) -> Recipe:
+        material = self._material(learner)
+        return learner.learn(self.recipe("average", {}), material).recipe
+
+    def _material(self, learner: Learner) -> Any:
+        """Return what a learner may use: its kind of material says what that is."""
+        batches, owners = self.inputs()
+        tasks = [
+            LearningTask(number, [b for b, o in zip(batches, owners, strict=True) if o == number],
+                         head=partial(self.of.logits, task))
+            for number, task in enumerate(self.of.experts)
+        ]  # fmt: skip
+        offered: dict[str, Any] = {
+            "factory": self.of.factory, "metric": self._metric, "batches": batches,
+            "owners": owners, "tasks": (*tasks,),
+        }  # fmt: skip
+        kind = material_of(learner)
+        known = {field.name for field in fields(kind)}
+        return kind(**{name: value for name, value in offered.items() if name in known})
+
+    def inputs(self) -> tuple[Sequence[Batch], Sequence[int]]:
+        """Return the unlabelled inputs in float32, a batch or more a task, and whose they are."""
+        batches: list[Batch] = []
+        owners: list[int] = []
+        for number, part in enumerate(self.of.inputs.values()):
+            for batch in part.batches:
+                batches.append(batch.float() if isinstance(batch, Tensor) else batch)
+                owners.append(number)
+        return batches, owners
+
+    def _calibration(self) -> Path:
+        """Return the calibration, made on first use from the unlabelled inputs."""
+        path = self._folder / f"{self.of.name}.{self.of.seed}.calibration.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            batches, owners = self.inputs()
+            data = Data(
+                self.of.factory, batches, CALIBRATION * len(self.of.experts), gram=True,
+                owners=owners,
+            )  # fmt: skip
+            write_calibration(path, calibrate(make_plan(self.recipe("average", {})), data))
+        return path
+
+
+def material_of(learner: Learner) -> type[Material]:
+    """Return the richest kind of material that the modules of the learner's classes speak of."""
+    modules = [inspect.getmodule(cls) for cls in type(learner).__mro__]
+    kinds = [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Material)
+    ]
+    return max(kinds, key=lambda kind: len(fields(kind)))
