@@ -90,6 +90,20 @@ def load_inputs(
     return next(iter(chosen.values())) if len(chosen) == 1 else chosen
 
 
+def input_files(path: str | Path) -> tuple[Path, ...]:
+    """Return the files that `load_inputs` reads: the one, or all images of a folder.
+
+    Raises:
+        DataError: there is nothing at the path.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return tuple(sorted(_images_in(place)))
+    if not place.is_file():
+        raise DataError(f"There are no inputs at {place}; give a file or a folder.")
+    return (place,)
+
+
 def batches(inputs: Batch, size: int) -> Iterator[Batch]:
     """Yield the inputs in order, `size` samples at a time; the last batch may be smaller.
 
@@ -259,12 +273,16 @@ def _height_width(size: Any) -> tuple[int, int]:
     return (edge, edge) if edge else (size["height"], size["width"])
 
 
+def _images_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def _images(folder: Path, form: ImageFormat, limit: int | None) -> Tensor:
     try:
         image_module: Any = importlib.import_module("PIL.Image")
     except ImportError as error:
         raise DataError(f"{folder} holds images, which need Pillow: pip install pillow.") from error
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(_images_in(folder))
     if not found:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); add some.")
     mean, std = (torch.tensor(part)[:, None, None] for part in (form.mean, form.std))

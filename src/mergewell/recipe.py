@@ -31,9 +31,12 @@ from mergewell.component import explain
 from mergewell.errors import RecipeError
 from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.storage.folder import is_there
-from mergewell.storage.manifest import MANIFEST, Manifest, manifest_at
+from mergewell.storage.manifest import MANIFEST, Manifest, manifest_at, repair_of
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+RepairKind = Literal["batch_norm", "repair"]
+"""Re-estimated BatchNorm statistics, or REPAIR."""
 
 _DEEPEST = 100
 """Brackets in brackets that are read: the YAML reader's time grows with their square."""
@@ -116,6 +119,40 @@ class Rule(BaseModel):
 
     omit: bool = False
     """Leave these tensors out of the result."""
+
+
+class RepairStep(BaseModel):
+    """Activation statistics that are mended on a few inputs once the weights are merged."""
+
+    model_config = _FROZEN
+
+    batch_norm: str | None = None
+    """Inputs on which the running statistics of every BatchNorm are measured anew."""
+
+    repair: str | None = None
+    """Inputs for REPAIR, which also scales layers without BatchNorm to the experts' moments."""
+
+    samples: Annotated[int, Field(ge=2)] = 1024
+    """At most this many inputs are used."""
+
+    model_factory: str | None = None
+    """PKG:FUNC or timm:NAME, which makes the module; the model's own folder when absent."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.batch_norm is None) == (self.repair is None):
+            raise ValueError("name the inputs under one of batch_norm and repair")
+        return self
+
+    @property
+    def kind(self) -> RepairKind:
+        """What is repaired."""
+        return "repair" if self.batch_norm is None else "batch_norm"
+
+    @property
+    def data(self) -> str:
+        """A file or folder of inputs."""
+        return self.batch_norm or self.repair or ""
 
 
 class Recipe(BaseModel):
@@ -285,9 +322,9 @@ def recipe_of_manifest(manifest: Manifest, *, where: str) -> Recipe:
     Raises:
         RecipeError: the folder was not made by a recipe alone, or the recipe is damaged.
     """
-    repaired = (manifest.model_extra or {}).get("repair")
-    if not manifest.recipe and isinstance(repaired, Mapping):
-        of = cast("Mapping[str, object]", repaired).get("of")
+    repaired = repair_of(manifest)
+    if not manifest.recipe and repaired:
+        of = repaired.get("of")
         raise RecipeError(
             f"{where} is of a folder that `mergewell repair` made of {of}; merge by the "
             f"{MANIFEST} of that one and repair the result."

@@ -10,25 +10,32 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 import mergewell
+from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import ModelError, PlanError, RecipeError, UserError, did_you_mean
-from mergewell.models.batch_norm import reestimate
+from mergewell.inputs import input_files
+from mergewell.labelled import load_labelled
+from mergewell.models.batch_norm import Repaired, reestimate
 from mergewell.models.dataflow import Batch
-from mergewell.models.loader import load_state
+from mergewell.models.loader import ModuleSource, load_state
 from mergewell.models.repair import repair
 from mergewell.plan import Plan, make_plan
-from mergewell.recipe import recipe_of_manifest
+from mergewell.recipe import RepairKind, RepairStep, recipe_of_manifest
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
-from mergewell.storage.manifest import MANIFEST, InputFile, Manifest, hash_file, read_manifest
+from mergewell.storage.manifest import (
+    MANIFEST,
+    InputFile,
+    Manifest,
+    hash_file,
+    read_manifest,
+    repair_of,
+)
 from mergewell.storage.writer import CheckpointWriter, ShardLayout
-
-RepairKind = Literal["batch_norm", "repair"]
-"""Re-estimated BatchNorm statistics, or REPAIR."""
 
 
 def checked_kind(kind: str) -> RepairKind:
@@ -49,13 +56,16 @@ def repair_folder(
     batches: Sequence[Batch],
     out: str | Path,
     kind: RepairKind = "batch_norm",
+    *,
+    step: RepairStep | None = None,
 ) -> Manifest:
     """Write `out`: the model in `folder` with its activation statistics mended on the batches.
 
     All tensors and side files are copied but those that changed. The manifest's `repair` says what
     was done, on how many samples, what was left alone, and keeps the recipe of the merge. Experts
     that were trained with frozen statistics are made worse by new ones: where the folder's recipe
-    shows such experts, `repair` has a warning.
+    shows such experts, `repair` has a warning. With `step`, which names what `factory` and
+    `batches` were made from, the manifest tells how to do the same again.
 
     Raises:
         ModelError: there is nothing to repair, or the module does not take these weights.
@@ -66,28 +76,11 @@ def repair_folder(
     """
     began, folder = time.perf_counter(), Path(folder)
     checkpoint = open_checkpoint(folder)
-    module = factory()
-    load_state(module, checkpoint)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    if kind == "batch_norm":
-        done = reestimate(module, batches)
-    else:
-        experts, coefficients = _endpoints(folder, _plan_of(folder))
-        endpoints = [_built(factory, expert) for expert in experts]
-        done = repair(module, endpoints, coefficients, batches)
-    changed = {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if not torch.equal(tensor, before[name])
-    }
-    if not changed:
-        raise PlanError(
-            f"Repairing {folder} changes no tensor: its statistics are those of the data already."
-        )
-    new = {_stored_name(name, checkpoint): tensor for name, tensor in changed.items()}
+    new, done = _of_folder(folder, checkpoint, factory, batches, kind)
+    data = () if step is None else input_files(step.data)
     inputs = [
         InputFile(path=str(file.resolve()), hash=hash_file(file), bytes=file.stat().st_size)
-        for file in checkpoint.files
+        for file in (*checkpoint.files, *data)
     ]
     layouts = [
         ShardLayout(shard.file, tuple(checkpoint.spec(name) for name in shard.names))
@@ -112,6 +105,7 @@ def repair_folder(
                     "untouched": dict(done.untouched),
                     "tensors": sorted(new),
                     "warnings": _warnings(folder, new),
+                    "step": None if step is None else _seen_from_anywhere(step),
                 },
                 "inputs": inputs,
                 "tensors": len(checkpoint),
@@ -126,6 +120,107 @@ def repair_folder(
                 "seconds": round(time.perf_counter() - began, 3),
             }
         )
+
+
+def repaired_tensors(
+    tensors: Mapping[str, Tensor],
+    factory: Callable[[], nn.Module],
+    batches: Sequence[Batch],
+    kind: RepairKind,
+    *,
+    endpoints: Callable[[], tuple[Sequence[Checkpoint], Sequence[float]]],
+) -> tuple[dict[str, Tensor], Repaired]:
+    """Return the tensors that a repair makes anew, by their names in `tensors`, and what was done.
+
+    They are in the dtype of the tensors. `endpoints` returns the experts and their shares, and is
+    asked for REPAIR alone.
+
+    Raises:
+        ModelError, DataError, PlanError: as `repair_folder`.
+    """
+    module = _built(factory, tensors)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    if kind == "batch_norm":
+        done = reestimate(module, batches)
+    else:
+        experts, shares = endpoints()
+        done = repair(module, [_built(factory, expert) for expert in experts], shares, batches)
+    changed = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    if not changed:
+        raise PlanError(
+            "The repair changes no tensor: the model's statistics are those of the data already."
+        )
+    new = {_stored_name(name, tensors): tensor.detach() for name, tensor in changed.items()}
+    return {name: tensor.to(tensors[name].dtype) for name, tensor in new.items()}, done
+
+
+def step_parts(
+    step: RepairStep, folder: str | None
+) -> tuple[Callable[[], nn.Module], tuple[Batch, ...]]:
+    """Return what makes the module, and the inputs in batches; `folder` is the model's own.
+
+    Raises:
+        ModelError: nothing says what the architecture is.
+        DataError: the inputs cannot be read.
+    """
+    source = module_source(step, folder)
+    inputs = load_labelled(step.data, model_folder=folder, limit=step.samples)
+    return source.build, inputs.batches
+
+
+def module_source(step: RepairStep, folder: str | None) -> ModuleSource:
+    """Return where the module of a step comes from.
+
+    Raises:
+        ModelError: nothing says.
+    """
+    if step.model_factory is None and (folder is None or not Path(folder).is_dir()):
+        raise ModelError(
+            f"{folder or 'The model'} is no Hugging Face folder, so a repair needs a model factory "
+            "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
+        )
+    return ModuleSource.parse(step.model_factory or str(folder))
+
+
+def repair_again(manifest: Manifest) -> dict[str, Tensor] | None:
+    """Return the tensors that a repaired folder's manifest says were repaired, made again.
+
+    None where it does not tell how.
+
+    Raises:
+        UserError: as `repair_folder`.
+    """
+    about = repair_of(manifest)
+    if about.get("step") is None:
+        return None
+    step, folder = RepairStep.model_validate(about["step"]), Path(about["of"])
+    factory, batches = step_parts(step, str(folder))
+    with one_thread_a_worker():
+        return _of_folder(folder, open_checkpoint(folder), factory, batches, step.kind)[0]
+
+
+def _of_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    factory: Callable[[], nn.Module],
+    batches: Sequence[Batch],
+    kind: RepairKind,
+) -> tuple[dict[str, Tensor], Repaired]:
+    """Return `repaired_tensors` of a merged folder, tied ones under the name that is kept."""
+    new, done = repaired_tensors(
+        checkpoint, factory, batches, kind, endpoints=lambda: _endpoints(folder, _plan_of(folder))
+    )
+    return {checkpoint.aliases.get(name, name): tensor for name, tensor in new.items()}, done
+
+
+def _seen_from_anywhere(step: RepairStep) -> dict[str, Any]:
+    """Return a step as plain data, with the path of its inputs in full."""
+    full = str(Path(step.data).resolve())
+    return step.model_copy(update={step.kind: full}).model_dump(mode="json")
 
 
 def _plan_of(folder: Path) -> Plan:
@@ -173,27 +268,21 @@ def _built(factory: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> n
     return module
 
 
-def _stored_name(name: str, checkpoint: Checkpoint) -> str:
-    """Return a tensor's name in the checkpoint, which may carry or lack a prefix."""
-    if name in checkpoint.specs:
+def _stored_name(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a tensor's stored name, which may carry or lack a prefix."""
+    if name in tensors:
         return name
-    found = [
-        stored
-        for stored in checkpoint.specs
-        if stored.endswith(f".{name}") or name.endswith(f".{stored}")
-    ]
+    found = [s for s in tensors if s.endswith(f".{name}") or name.endswith(f".{s}")]
     if len(found) != 1:
         raise ModelError(
-            f"{checkpoint.path} has {len(found) or 'no'} tensors that could be {name!r}, which the "
-            "repair changed; give a module whose names are the checkpoint's."
+            f"{len(found) or 'No'} stored tensors could be {name!r}, which the repair changed; "
+            "give a module whose names are those of the weights."
         )
     return found[0]
 
 
 def _flat(name: str, new: Mapping[str, Tensor], checkpoint: Checkpoint) -> Tensor:
-    if name not in new:
-        return checkpoint.read(name)
-    return new[name].detach().to(checkpoint.spec(name).dtype).reshape(-1)
+    return new[name].reshape(-1) if name in new else checkpoint.read(name)
 
 
 def _samples(batch: Batch) -> int:

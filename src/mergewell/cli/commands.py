@@ -106,18 +106,40 @@ def report(folder: Path, other: Path | None, *, out: Path | None) -> None:
 def verify(folder: Path, *, deep: bool, as_json: bool) -> None:
     """Verify a merged folder."""
     from mergewell.storage.manifest import read_manifest, verify_files
-    from mergewell.verify import verify_deep
+    from mergewell.verify import Verified, verify_deep
 
-    problems = verify_deep(folder) if deep else verify_files(folder)
-    count = len(read_manifest(folder).outputs)
+    outputs = read_manifest(folder).outputs
+    with steps(in_bytes=True, patient=True) as shown:
+        if deep:
+            found = verify_deep(folder, on_step=shown.update)
+        else:
+            total, done = sum(output.bytes for output in outputs), 0
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                shown.update("files", done, total)
+
+            found = Verified(tuple(verify_files(folder, on_bytes=progress)))
     if as_json:
-        print_json({"version": 1, "folder": str(folder), "files": count, "problems": problems})
-    if problems:
-        found = "is damaged" if not deep else "does not hold what its manifest says"
-        raise OutputError(f"{folder} {found}: {' '.join(problems)} Merge again from its recipe.")
+        print_json(
+            {
+                "version": 1,
+                "folder": str(folder),
+                "files": len(outputs),
+                "problems": found.problems,
+                "notes": found.notes,
+            }
+        )
+    if found.problems:
+        what = "is damaged" if not deep else "does not hold what its manifest says"
+        told = " ".join((*found.problems, *found.notes))
+        raise OutputError(f"{folder} {what}: {told} Merge again from its recipe.")
     if not as_json:
         deeper = ", and so are its inputs; tensors made again are equal" if deep else ""
-        print(f"{folder}: {count} files are as they were written{deeper}.")
+        print(f"{folder}: {len(outputs)} files are as they were written{deeper}.")
+        for note in found.notes:
+            print(f"  {note}")
 
 
 def methods(name: str | None, *, as_json: bool) -> None:
@@ -144,6 +166,7 @@ def methods(name: str | None, *, as_json: bool) -> None:
 def describe_method(name: str) -> dict[str, Any]:
     """Return what is known of a method, as plain data."""
     cls = METHODS.get(name)
+    defaults = cls.model_construct().parameters()
     return {
         "name": name,
         "summary": cls.summary(),
@@ -157,7 +180,7 @@ def describe_method(name: str) -> dict[str, Any]:
             {
                 "name": field,
                 "type": _type_name(info.annotation),
-                "default": info.default,
+                "default": defaults.get(field),
                 "help": info.description,
             }
             for field, info in cls.model_fields.items()

@@ -89,17 +89,17 @@ def repair(
 
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
-    from mergewell.labelled import load_labelled
-    from mergewell.models.loader import ModuleSource
-    from mergewell.repair import checked_kind, repair_folder
+    from mergewell.recipe import RepairStep
+    from mergewell.repair import checked_kind, repair_folder, step_parts
 
     wanted = checked_kind(kind)
     if out is None:
         raise OutputError("No output folder is named; add --out DIR.")
-    source = ModuleSource.parse(model_factory or str(folder))
-    inputs = load_labelled(needed_data(data), model_folder=folder, limit=samples)
+    inputs = {wanted: needed_data(data)}
+    step = RepairStep.model_validate({**inputs, "samples": samples, "model_factory": model_factory})
+    factory, batches = step_parts(step, str(folder))
     with one_thread_a_worker():
-        manifest = repair_folder(folder, source.build, inputs.batches, out, wanted)
+        manifest = repair_folder(folder, factory, batches, out, wanted, step=step)
     done: dict[str, Any] = manifest.model_dump(mode="json")["repair"]
     for warning in done["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)

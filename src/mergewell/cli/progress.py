@@ -25,9 +25,12 @@ _PLAIN_EVERY_S = 5.0
 class Steps:
     """Shows named steps; `update` may be called as often as one likes."""
 
-    def __init__(self, console: Console, progress: Progress | None) -> None:
-        """Draw on `progress`, or print plain lines where it is None."""
+    def __init__(
+        self, console: Console, progress: Progress | None, *, patient: bool = False
+    ) -> None:
+        """Draw on `progress`, or print plain lines where it is None; see `steps`."""
         self._console = console
+        self._patient = patient
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._last: dict[str, float] = {}
@@ -42,18 +45,22 @@ class Steps:
         now = time.monotonic()
         if step not in self._last:
             self._last[step] = now
-            print(f"{step} ...", file=sys.stderr, flush=True)
+            if not self._patient:
+                print(f"{step} ...", file=sys.stderr, flush=True)
         elif now - self._last[step] > _PLAIN_EVERY_S and total:
             self._last[step] = now
             print(f"{step} {100 * done / total:.0f} %", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def steps(*, in_bytes: bool = False) -> Generator[Steps]:
-    """Yield something to report steps to, on standard error."""
+def steps(*, in_bytes: bool = False, patient: bool = False) -> Generator[Steps]:
+    """Yield something to report steps to, on standard error.
+
+    If `patient`, a step that is done within seconds is not mentioned outside of a terminal.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Steps(console, None)
+        yield Steps(console, None, patient=patient)
         return
     columns: list[ProgressColumn] = [TextColumn("{task.description:<14}"), BarColumn()]
     columns += [DownloadColumn(), TransferSpeedColumn()] if in_bytes else []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,9 @@ MANIFEST = "manifest.json"
 
 Algorithm = Literal["xxh3-128", "sha256"]
 """xxh3-128 finds accidents at the speed of memory; sha256 also withstands an adversary."""
+
+OnBytes = Callable[[int], None]
+"""Called with the bytes that were just hashed."""
 
 _CHUNK = 1 << 20
 
@@ -37,7 +40,9 @@ def new_hasher(algorithm: Algorithm) -> Hasher:
     return hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
 
 
-def hash_file(path: Path, algorithm: Algorithm = "xxh3-128") -> str:
+def hash_file(
+    path: Path, algorithm: Algorithm = "xxh3-128", *, on_bytes: OnBytes | None = None
+) -> str:
     """Return a file's hash as "algorithm:hexadecimal".
 
     Raises:
@@ -48,6 +53,8 @@ def hash_file(path: Path, algorithm: Algorithm = "xxh3-128") -> str:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 hasher.update(chunk)
+                if on_bytes is not None:
+                    on_bytes(len(chunk))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check it.") from error
     return f"{algorithm}:{hasher.hexdigest()}"
@@ -133,6 +140,12 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         raise CheckpointError(f"{path}: {field!r}: {first['msg']}; merge again.") from error
 
 
+def repair_of(manifest: Manifest) -> Mapping[str, Any]:
+    """Return what a manifest says of a repair; nothing where none was made."""
+    found: object = (manifest.model_extra or {}).get("repair")
+    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+
+
 def manifest_at(path: Path) -> Manifest | None:
     """Return the manifest in a file of any name, or None where something else stands.
 
@@ -163,7 +176,7 @@ def changed_inputs(before: Manifest, after: Manifest) -> list[str]:
     ]
 
 
-def verify_files(folder: Path) -> list[str]:
+def verify_files(folder: Path, *, on_bytes: OnBytes | None = None) -> list[str]:
     """Return what is wrong with a merged folder's files, a sentence each; nothing if all is well.
 
     Raises:
@@ -177,9 +190,8 @@ def verify_files(folder: Path) -> list[str]:
             problems.append(f"{name} is missing.")
         elif path.stat().st_size != output.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes where {output.bytes} are due.")
-        elif (
-            hash_file(path, algorithm_of(output.hash, where=f"{folder / MANIFEST}: {name}"))
-            != output.hash
+        elif not has_hash(
+            path, output.hash, where=f"{folder / MANIFEST}: {name}", on_bytes=on_bytes
         ):
             problems.append(f"{name} changed: its hash is not the one in {MANIFEST}.")
     weights = (path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
@@ -187,6 +199,15 @@ def verify_files(folder: Path) -> list[str]:
         f"{path.name} is not in {MANIFEST}." for path in sorted(weights) if path.name not in outputs
     ]
     return problems
+
+
+def has_hash(path: Path, digest: str, *, where: str, on_bytes: OnBytes | None = None) -> bool:
+    """Return whether a file has a hash of whatever kind; `where` begins the error's sentence.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the kind is unknown.
+    """
+    return hash_file(path, algorithm_of(digest, where=where), on_bytes=on_bytes) == digest
 
 
 def algorithm_of(digest: str, *, where: str) -> Algorithm:
