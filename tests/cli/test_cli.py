@@ -305,6 +305,23 @@ def test_jobs_engines_and_hashes_are_chosen_by_flags(
     refused(mergewell_here("verify", str(tmp_path / "out"), "--deep"), "is gone")
 
 
+def test_work_that_is_discarded_is_counted(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path, shards=3)  # of 2 tensors each
+    given = ["merge", *flags(base, experts, method="ties", out=str(tmp_path / "out"))]
+    assert mergewell_here(*given, "--shard", "0/3").returncode == 0
+    resumed = mergewell_here(*given, "--shard", "1/3")
+    assert (resumed.returncode, "discarding" in resumed.stderr) == (0, False)
+    anew = mergewell_here(*given)
+    assert anew.returncode == 0
+    assert anew.stderr.count("discarding 4 tensors that an unfinished run has finished") == 1
+    shutil.rmtree(tmp_path / "out")
+    for more in (["--shard", "0/3"], ["--resume"]):
+        ran = mergewell_here(*given, *more)
+        assert (ran.returncode, "discarding" in ran.stderr) == (0, False)
+
+
 TOY = '''"""Take the median of the experts."""
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ from mergewell.errors import OutputError, RecipeError, did_you_mean
 from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.plan import make_plan
 from mergewell.recipe import read_recipe
+from mergewell.report.numbers import counted
 from mergewell.run import run as run_plan
 from mergewell.storage.manifest import Algorithm, Manifest, changed_inputs, manifest_at
+from mergewell.storage.staging import Staging
 
 ENGINES = ("threads", "ray")
 ALGORITHMS: dict[str, Algorithm] = {"xxh3-128": "xxh3-128", "sha256": "sha256"}
@@ -83,6 +85,13 @@ def merge(
     planned = make_plan(recipe)
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    lost = 0 if resume or job is not None else Staging(out.resolve()).finished_tensors()
+    if lost:
+        print(
+            f"warning: {out}: discarding {counted(lost, 'tensor')} that an unfinished run has "
+            "finished; to keep such work, go on with --resume.",
+            file=sys.stderr,
+        )
     written = 0
     with steps(in_bytes=True) as shown:
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from mergewell.errors import CheckpointError, OutputError
 from mergewell.storage.durable import write_durably, writing
+from mergewell.storage.header import read_header
 from mergewell.storage.manifest import InputFile, OutputFile
 from mergewell.storage.strict_json import read_object
 
@@ -95,6 +96,18 @@ class Staging:
     def has_run(self) -> bool:
         """Return True if a run left its key here."""
         return self._key() is not None
+
+    def finished_tensors(self) -> int:
+        """Return how many tensors an unfinished run has finished; none while a process writes."""
+        if not self.has_run() or self.is_locked():
+            return 0
+        count = 0
+        for record in self.done.glob("*.json"):
+            try:
+                count += len(read_header(self.files / record.stem).specs)
+            except CheckpointError:
+                continue  # a record whose file is gone: nothing of it could be kept
+        return count
 
     def lock(self, *, shared: bool = False) -> int:
         """Return a descriptor that keeps every other writer of this output out until closed.
