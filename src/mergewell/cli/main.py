@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mergewell.cli.explain import explain, repair
+from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
 
 app = typer.Typer(
@@ -255,6 +256,7 @@ _STOPPED = (
 app.command()(explain)
 app.command()(repair)
 app.command()(learn)
+app.command()(extract)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,13 +1,15 @@
 """adapter_config.json: what PEFT says of a LoRA adapter, read so that nothing is passed over.
 
 What changes the weights in a way that is not understood is refused by name; what only matters in
-training is left alone; a key that is not known is refused unless it is off.
+training is left alone; a key that is not known is refused unless it is off. `new_config` makes the
+configuration of an adapter that is extracted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -156,3 +158,42 @@ def _value_for(pattern: Mapping[str, float], module: str, otherwise: float) -> f
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return otherwise
+
+
+def new_config(
+    *,
+    base: str,
+    ranks: Mapping[str, int],
+    targets: Sequence[str],
+    whole: Sequence[str],
+    fan_in_fan_out: bool,
+    biases: bool,
+    task: str | None,
+) -> dict[str, Any]:
+    """Return the configuration of an adapter whose factors are to be multiplied as they are.
+
+    ranks: by module, of all that have factors; targets: how PEFT finds these modules; whole: the
+    modules kept as they are; biases: whether biases of modules with factors are kept too.
+    """
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    # the first match counts, and a short name may be the end of a longer one
+    names = sorted((m for m in ranks if ranks[m] != rank), key=lambda m: (-len(m), m))
+    others = {module: ranks[module] for module in names}
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,  # alpha = rank: a scaling of 1
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted(whole) or None,
+        "bias": "lora_only" if biases else "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

@@ -180,27 +180,31 @@ class _Reader:
         changes[name] = replace(changes.get(name, Change()), added=key, scaling=scaling)
 
     def _check_untied(self, name: str) -> None:
-        """Refuse to change one of two layers that share a tensor: PEFT would untie them."""
-        tied = name in self._base.aliases or name in self._base.aliases.values()
-        config = self._base.config or {}
-        rows = config.get("vocab_size")
-        if not tied and rows is not None and self._base.spec(name).shape[:1] == (rows,):
-            matrices = [
-                spec.name
-                for spec in self._base.specs.values()
-                if len(spec.shape) == 2 and spec.shape[0] == rows
-            ]
-            classes = cast("list[str]", config.get("architectures") or [])
-            generates = any(_GENERATES.search(str(name)) for name in classes)
-            said = config.get("tie_word_embeddings")
-            may = generates if classes else said is True
-            tied = len(matrices) == 1 and may and said is not False
-        if tied:
+        if is_tied(name, self._base):
             raise CheckpointError(
                 f"{self._path} changes {name}, which the base uses both as embedding and as "
                 "output layer, only in one of these places; save the base untied "
                 "(tie_word_embeddings: false) first."
             )
+
+
+def is_tied(name: str, base: Checkpoint) -> bool:
+    """Return whether two layers share a tensor: PEFT would change, and so untie, one of them.
+
+    Files say so by tied names; else a language model with a single matrix of `vocab_size` rows is
+    taken to be tied unless its configuration says no.
+    """
+    if name in base.aliases or name in base.aliases.values():
+        return True
+    config = base.config or {}
+    rows = config.get("vocab_size")
+    if rows is None or base.spec(name).shape[:1] != (rows,):
+        return False
+    matrices = [s for s in base.specs.values() if len(s.shape) == 2 and s.shape[0] == rows]
+    classes = cast("list[object]", config.get("architectures") or [])
+    said = config.get("tie_word_embeddings")
+    may = any(_GENERATES.search(str(each)) for each in classes) if classes else said is True
+    return len(matrices) == 1 and may and said is not False
 
 
 class _Renaming:
