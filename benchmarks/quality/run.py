@@ -38,7 +38,7 @@ from mergewell.models.loader import load_state
 
 BENCHMARKS = {"vision": "on_vision", "text": "on_text", "language": "on_language"}
 RESULTS = Path(__file__).parent / "results"
-FIRST = ("average", "task_arithmetic", "ties", "tsv", "iso_c", "regmean", "wudi", "cart", "iso_cts")
+FIRST = ("task_arithmetic", "average", "ties", "tsv", "iso_c", "regmean", "wudi", "cart", "iso_cts")
 """Run before the others: the first two are what all are compared with."""
 COMPARED = "task_arithmetic"
 """Tuned with labels, the method that gains are counted from."""
@@ -89,7 +89,8 @@ class Bench:
             candidate = Candidate(row["parameters"], row["scale"])
             row = self._row("test", name, candidate)
             if candidate not in done and (redo or self.book.known(row) is None):
-                self._add(row, self._tested(name, candidate))
+                by_labels = name == COMPARED and not done  # the first of the two
+                self._add(row, self._tested(name, candidate, keep=by_labels))
             done.append(candidate)
 
     def _tried(self, name: str, candidate: Candidate) -> Row:
@@ -108,11 +109,11 @@ class Bench:
             "merge_s": merging, "cpu_s": time.process_time() - began,
         }  # fmt: skip
 
-    def _tested(self, name: str, candidate: Candidate) -> Row:
+    def _tested(self, name: str, candidate: Candidate, *, keep: bool) -> Row:
         began = time.process_time()
         self._load(self.merges.merged(name, candidate))
         scores = self.judge.scores(self.of.test)
-        if name == COMPARED and self._kept(name) is None:  # what labels choose comes first
+        if keep:
             self._keep(name, scores)
         others = {n: s for n in ("ensemble", COMPARED) if (s := self._kept(n)) is not None}
         result = judged(self.of.metric, scores, self.own, others)

@@ -59,7 +59,7 @@ SPACES: Mapping[str, Space] = {
     # plain
     "average": Space(AS_IS),
     "task_arithmetic": Space(SUM, fixed={"scale": 1.0}),
-    "ties": Space(MEAN, {"density": DENSITY, "trim_scope": ("tensor", "model")}),
+    "ties": Space(MEAN, {"density": DENSITY}),
     "dare": Space(MEAN, {"density": (0.2, 0.5, 0.8), "combine": ("sum", "agreeing")}),
     "della": Space(MEAN, {"density": (0.2, 0.5, 0.8), "epsilon": (0.05, 0.15)}),
     "breadcrumbs": Space(SUM, {"density": (0.2, 0.5, 0.9), "gamma": (0.005, 0.01, 0.05)}),

@@ -1,0 +1,187 @@
+"""Make docs/benchmarks/quality.md, quality.json and the pictures from the rows in results/.
+
+python benchmarks/quality/page.py --out docs/benchmarks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from book import Book, Row, rounded
+from picture import draw
+from spaces import BUDGET, LEFT_OUT
+from summary import Line, Method, failures, methods, references, sign
+
+RESULTS = Path(__file__).parent / "results"
+ABOUT = Path(__file__).parent / "page.head.md"
+TITLES = {
+    "vision": "EfficientNet-Lite0, 8 image tasks",
+    "text": "MiniLM, 8 text tasks",
+    "language": "SmolLM2-135M, 4 domains",
+}
+DATA = {"weights": "weights", "unlabelled": "unlabelled inputs", "labelled": "labels"}
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    books = {name: Book(given.results / f"{name}.jsonl") for name in TITLES}
+    parts: list[str] = []
+    data: list[dict[str, Any]] = []
+    for name, book in books.items():
+        if not references(book):
+            continue
+        found = methods(book)
+        parts += section(name, book, found)
+        data.append(as_data(name, book, found))
+        compared = {n: mean_of(rows) for n, rows in references(book).items() if n in COMPARED}
+        draw(given.out / f"quality_{name}.svg", TITLES[name], found, compared)
+    head = ABOUT.read_text(encoding="utf-8").replace("{BUDGET}", str(BUDGET))
+    given.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([head.rstrip(), "", *parts]).rstrip() + "\n"
+    (given.out / "quality.md").write_text(text, encoding="utf-8")
+    content = {"version": 1, "benchmarks": rounded(data)}
+    (given.out / "quality.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+COMPARED = ("base", "ensemble", "experts")
+
+
+def section(name: str, book: Book, found: list[Method]) -> list[str]:
+    """Return the part of the page on one benchmark."""
+    perplexity = sign(book) < 0
+    seeds = sorted({row["seed"] for row in book.rows.values()})
+    known = references(book)
+    unit = "perplexity, lower is better" if perplexity else "accuracy in %"
+    lines = [
+        f"## {TITLES[name]}", "",
+        f"Mean over tasks, {unit}; seeds with rows: {', '.join(map(str, seeds))}. "
+        f"{'; '.join(reference(n, known[n]) for n in COMPARED)}.", "",
+        f"![{TITLES[name]}](quality_{name}.svg)", "",
+        "Sorted by the validation score, which chose; gains are over task arithmetic tuned with "
+        f"labels{' (% lower)' if perplexity else ' (points)'}.", "",
+        "| method | needs | seeds | tuned with labels | seeds' range | worst task (kept) | gain "
+        "| tuned without labels | gain | over the ensemble | setting of the first seed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for method in found:
+        lines.append(f"| {' | '.join(cells(method))} |")
+    lines += ["", *verdicts(name, book, found)]
+    failed = {**{n: f"left out: {why}" for n, why in LEFT_OUT.items()}, **failures(book)}
+    lines += ["", "Not in the table: " + "; ".join(f"`{n}` ({w})" for n, w in failed.items()), ""]
+    lines += ["By task, in the tasks' order "
+              f"({', '.join(known['base'][0]['tasks'])}), mean over the seeds:", ""]  # fmt: skip
+    for one in COMPARED:
+        tasks = [np.mean([row["tasks"][t] for row in known[one]]) for t in known[one][0]["tasks"]]
+        lines.append(f"- {one}: {', '.join(f'{value:.1f}' for value in tasks)}")
+    return [*lines, ""]
+
+
+def reference(name: str, rows: list[Row]) -> str:
+    """Return a reference model in words."""
+    words = {"experts": "each expert on its own task", "ensemble": "uniform logit ensemble"}
+    worst = min(rows, key=lambda row: row["worst_kept"])
+    note = "" if name == "experts" else f", worst {worst['worst_task']} {worst['worst']:.1f}"
+    return f"{words.get(name, name)} **{mean_of(rows):.1f}**{note}"
+
+
+def mean_of(rows: list[Row]) -> float:
+    """Return the mean over seeds."""
+    return float(np.mean([row["mean"] for row in rows]))
+
+
+def cells(method: Method) -> list[str]:
+    """Return a row of the table."""
+    line, other = method.lines["labels"], method.lines.get("unlabelled")
+    seeds = len(line.seeds)
+    return [
+        f"`{method.name}`", DATA[method.data], str(seeds), value_of(line),
+        f"{line.spread[0]:.1f} to {line.spread[1]:.1f}" if seeds > 1 else "–",
+        f"{line.worst_task} {line.worst:.1f} ({100 * line.worst_kept:.0f} %)",
+        gain_of(line, "task_arithmetic"),
+        value_of(other) if other else "–",
+        gain_of(other, "task_arithmetic") if other else "–",
+        gain_of(other, "ensemble") if other else "–",
+        line.settings[0],
+    ]  # fmt: skip
+
+
+def value_of(line: Line) -> str:
+    """Return a mean with its interval."""
+    return f"{line.mean:.1f} [{line.low:.1f}, {line.high:.1f}]"
+
+
+def gain_of(line: Line, name: str) -> str:
+    """Return a gain with its interval."""
+    if name not in line.over:
+        return "–"
+    value, low, high = line.over[name]
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def verdicts(name: str, book: Book, found: list[Method]) -> list[str]:
+    """Return what the benchmark says on the two questions of issue 5.
+
+    The best method is the one whose *validation* score is best, not the best on the test.
+    """
+    better = sign(book)
+    weights = [m for m in found if m.data == "weights" and m.name not in ("task_arithmetic",)]
+    few = [m for m in found if m.data != "labelled" and "unlabelled" in m.lines]
+    lines: list[str] = []
+    if weights:
+        best = max(weights, key=lambda m: better * m.lines["labels"].validation)
+        gain = best.lines["labels"].over.get("task_arithmetic", (float("nan"),) * 3)
+        lines.append(
+            f"Best weights-only method (by validation): `{best.name}`, "
+            f"{value_of(best.lines['labels'])}, {gain[0]:+.1f} [{gain[1]:+.1f}, {gain[2]:+.1f}] "
+            "over tuned task arithmetic."
+        )
+    if few:
+        best = min(few, key=lambda m: kl_of(book, m.name))
+        lines.append(
+            f"Best method without any label (method and setting chosen by KL on the unlabelled "
+            f"inputs): `{best.name}`, {value_of(best.lines['unlabelled'])}, "
+            f"{gain_of(best.lines['unlabelled'], 'ensemble')} over the uniform ensemble."
+        )
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def kl_of(book: Book, name: str) -> float:
+    """Return a method's smallest KL to the experts on the unlabelled inputs, mean over seeds."""
+    found: dict[int, float] = {}
+    for row in book.rows.values():
+        if row["kind"] == "candidate" and row["method"] == name and "error" not in row:
+            found[row["seed"]] = min(row["kl_routed"], found.get(row["seed"], float("inf")))
+    return float(np.mean(list(found.values())))
+
+
+def as_data(name: str, book: Book, found: list[Method]) -> dict[str, Any]:
+    """Return what quality.json says of one benchmark."""
+    known: Mapping[str, list[Row]] = references(book)
+    return {
+        "name": name, "title": TITLES[name], "tasks": list(known["base"][0]["tasks"]),
+        "metric": "perplexity" if sign(book) < 0 else "accuracy",
+        **{n: mean_of(known[n]) for n in COMPARED},
+        "methods": [
+            {
+                "name": m.name, "data": m.data, **m.lines["labels"].as_data(),
+                "without_labels": m.lines["unlabelled"].as_data() if "unlabelled" in m.lines
+                else None,
+                "merge_cpu_s": m.merge_s,
+            }
+            for m in found
+        ],
+        "failed": failures(book),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
