@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from mergewell.errors import RecipeError
-from mergewell.recipe import Recipe, make_recipe
+from mergewell.component import Component, Family
+from mergewell.errors import RecipeError, did_you_mean
+from mergewell.methods.base import METHODS
+from mergewell.recipe import DtypeName, Recipe, make_recipe
 from mergewell.storage.folder import is_there
+
+C = TypeVar("C", bound=Component)
 
 
 def recipe_from_flags(
@@ -26,20 +32,16 @@ def recipe_from_flags(
     """Return the recipe that flags describe: `--expert PATH[:coefficient]`, `--set key=value`.
 
     Raises:
-        RecipeError: a flag that cannot be read, or any error of `make_recipe`.
+        RecipeError: a flag that cannot be read, or any error of `make_recipe`; says which flag.
     """
-    parameters: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {setting}: write it as key=value, such as density=0.2.")
-        try:
-            parameters[key] = YAML(typ="safe").load(value)
-        except YAMLError as error:
-            raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
+    if not experts:
+        raise RecipeError("--expert: no expert is named; name at least one with --expert PATH.")
+    if dtype is not None and dtype not in get_args(DtypeName):
+        raise RecipeError(f"--dtype {dtype}: {did_you_mean(dtype, get_args(DtypeName))}")
+    from_settings(METHODS, method, settings, named_by="--method")
     data: dict[str, Any] = {
         "experts": [_expert_flag(text) for text in experts],
-        "method": {"name": method, **parameters},
+        "method": {"name": method, **dict(map(_read_setting, settings))},
         "seed": seed,
     }
     if base is not None:
@@ -49,11 +51,47 @@ def recipe_from_flags(
     return make_recipe(data, where="flags")
 
 
+def from_settings(
+    family: Family[C], name: str, settings: Sequence[str], *, named_by: str = ""
+) -> C:
+    """Return the component of a name with the parameters that `--set key=value` give.
+
+    Raises:
+        RecipeError: an unknown name, which `named_by` named, or a setting that cannot be read or
+            is refused; says which.
+    """
+    parameters = dict(map(_read_setting, settings))
+    try:
+        family.get(name)
+    except RecipeError as error:
+        raise RecipeError(f"{named_by}: {error}" if named_by else str(error)) from error
+    try:
+        return family.build(name, parameters)
+    except RecipeError as error:
+        refused = error.__cause__
+        place = refused.errors()[0]["loc"] if isinstance(refused, ValidationError) else ()
+        guilty = [text for text in settings if place and text.startswith(f"{place[0]}=")]
+        raise RecipeError(f"{' '.join(['--set', *guilty[-1:]])}: {error}") from error
+
+
+def _read_setting(setting: str) -> tuple[str, Any]:
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {setting}: write it as key=value, such as density=0.2.")
+    try:
+        return key, YAML(typ="safe").load(value)
+    except YAMLError as error:
+        raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
+
+
 def _expert_flag(text: str) -> dict[str, Any]:
     path, colon, last = text.rpartition(":")
-    if colon and not is_there(Path(text)):
-        try:
-            return {"path": path, "coefficient": float(last)}
-        except ValueError:
-            pass
-    return {"path": text}
+    if not colon or is_there(Path(text)):
+        return {"path": text}
+    try:
+        coefficient = float(last)
+    except ValueError:
+        return {"path": text}
+    if not isfinite(coefficient):
+        raise RecipeError(f"--expert {text}: the coefficient must be finite; give a number.")
+    return {"path": path, "coefficient": coefficient}

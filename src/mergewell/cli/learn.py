@@ -42,10 +42,11 @@ def learn(
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
+    from mergewell.flags import from_settings
     from mergewell.labelled import accuracy, load_labelled
     from mergewell.learners.base import LEARNERS, Material
 
-    learner = LEARNERS.build(name, _parameters(set_ or []), where="flags")
+    learner = from_settings(LEARNERS, name, set_ or [])
     planned, source = opened(base, expert or [], model_factory)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
@@ -83,26 +84,3 @@ def learn(
     for note in learned.recipe.notes:
         print(note, file=sys.stderr)
     print(text if out is None else f"{out}: the recipe; merge it with `mergewell merge {out}`.")
-
-
-def _parameters(settings: list[str]) -> dict[str, Any]:
-    """Return what `--set key=value` says.
-
-    Raises:
-        RecipeError: one that cannot be read.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    from mergewell.errors import RecipeError
-
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {setting}: write it as key=value.")
-        try:
-            found[key] = YAML(typ="safe").load(value)
-        except YAMLError as error:
-            raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
-    return found
