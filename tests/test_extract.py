@@ -246,6 +246,27 @@ def test_tied_embeddings_are_refused(tmp_path: Path) -> None:
     assert config["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (("a.q", "b.q"), ["q"]),
+        (("a.q",), ["a.q"]),  # b.q did not change
+        (("x.0",), ["x.0"]),  # a number
+        (("y.z",), ["y.z"]),  # z.k is in a module that is called z
+    ],
+)
+def test_targets_mean_no_other_module(
+    tmp_path: Path, names: tuple[str, ...], targets: list[str]
+) -> None:
+    base = {f"{n}.weight": drawn(6, 4) for n in ("a.q", "b.q", "x.0", "y.z", "z.k")}
+    moved = {**base, **{f"{n}.weight": drawn(6, 4, seed=1) for n in names}}
+    save(tmp_path / "base", base)
+    save(tmp_path / "expert", moved)
+    extract_adapter(tmp_path / "base", tmp_path / "expert", tmp_path / "a", size=Size(rank=4))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == targets
+
+
 def test_modules_whose_names_end_alike_are_kept_together(tmp_path: Path) -> None:
     # PEFT looks for `norm` at the end of all names, and so finds `x.prenorm` too
     base = {"norm.weight": drawn(4), "x.prenorm.weight": drawn(4), "up.weight": drawn(6, 4)}

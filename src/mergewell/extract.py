@@ -2,7 +2,8 @@
 
 Every matrix that changed is written as two factors, by a truncated singular value decomposition of
 its change; what is no matrix is kept whole. How far the product is from the change is measured on
-the factors as they are stored, tensor by tensor.
+the factors as they are stored, tensor by tensor. A merge that was stored in 16 bits holds its own
+rounding as well, which no low rank can: merge with dtype float32 what is to be extracted.
 """
 
 from __future__ import annotations

@@ -233,12 +233,16 @@ def _targets(modules: Sequence[str], base: Checkpoint) -> tuple[str, ...]:
     by_word: dict[str, set[str]] = {}
     for name in base:
         owner = name.rpartition(".")[0]
-        by_word.setdefault(owner.rpartition(".")[2], set()).add(owner)
-    targets = {
-        word if by_word[word] <= wanted else module
-        for module in modules
-        for word in (module.rpartition(".")[2],)
-    }
+        while owner:  # modules that hold modules count: PEFT looks at their names too
+            outer, _, word = owner.rpartition(".")
+            by_word.setdefault(word, set()).add(owner)
+            owner = outer
+    targets: set[str] = set()
+    for module in modules:
+        word = module.rpartition(".")[2]
+        # a number may also be that of a module without tensors, such as an activation
+        alone = by_word[word] <= wanted and not word.isdecimal()
+        targets.add(word if alone else module)
     return tuple(sorted(targets))
 
 

@@ -34,7 +34,10 @@ def extract(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write.")] = None,
     json: Json = False,
 ) -> None:
-    """Write what a model adds to its base as a LoRA adapter, with its error."""
+    """Write what a model adds to its base as a LoRA adapter, with its error.
+
+    Merge with --dtype float32 what is to be extracted: 16 bits add rounding of full rank.
+    """
     from typing import cast, get_args
 
     from mergewell.cli.progress import steps
