@@ -198,6 +198,26 @@ def test_check_on_weights_alone(tmp_path: Path, mergewell_here: Callable[..., Ra
     assert "<html" in page.read_text()
 
 
+def test_check_replaces_its_own_files_and_no_others(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    page, data = tmp_path / "check.html", tmp_path / "check.json"
+    given = ["check", *flags(base, experts, html=str(page), json=str(data))]
+    for _ in range(2):
+        assert mergewell_here(*given).returncode == 0
+    for file, text in ((page, "<html>my thesis</html>"), (data, '{"mine": 1}')):
+        own = file.read_text()
+        file.write_text(text)
+        refused(mergewell_here(*given), f"{file} exists already and is no")
+        assert file.read_text() == text
+        file.write_text(own)
+    assert mergewell_here(*given).returncode == 0
+    page.unlink()
+    page.mkdir()
+    refused(mergewell_here(*given), "is no page of mergewell")
+
+
 def truncated(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mergewell.errors import DataError
+from mergewell.errors import DataError, OutputError
 from mergewell.report.compare import compare, compared, differences, square_and_add
 from mergewell.report.numbers import points
 from mergewell.report.results import Check, Results, validated, write_results
@@ -177,3 +177,13 @@ def test_the_comparison_fits(
         assert [url for url in browser.asked_for if not url.startswith("file:")] == []
         found = re.findall(r"<table.*?</table>", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         assert found and all("<caption>" in table for table in found)
+
+
+def test_a_page_replaces_pages_of_mergewell_only(demo: Path, tmp_path: Path) -> None:
+    sides, out = (demo / "merged" / "average", demo / "merged" / "ties"), tmp_path / "mine.html"
+    for _ in range(2):
+        compare(*sides, out)
+    out.write_text("<html>mine</html>")
+    with pytest.raises(OutputError, match=r"mine\.html exists already and is no page of mergewell"):
+        compare(*sides, out)
+    assert out.read_text() == "<html>mine</html>"

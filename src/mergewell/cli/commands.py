@@ -39,7 +39,12 @@ def check(
     """Check what a recipe, or flags, would merge."""
     from mergewell import check as checking
     from mergewell.calibration.file import read_calibration
+    from mergewell.report.files import require_own_check, require_own_page, write_text
 
+    if html_file is not None:  # before the work, not after it
+        require_own_page(html_file)
+    if json_file is not None and json_file != "-":
+        require_own_check(Path(json_file))
     recipe = chosen_recipe(
         recipe_file, base=base, experts=experts, method=method, settings=settings
     )
@@ -69,7 +74,7 @@ def check(
         print_json(payload)
         return
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(payload, allow_nan=False), encoding="utf-8")
+        write_text(Path(json_file), json.dumps(payload, allow_nan=False))
     from mergewell.report.check_text import show_check
 
     show_check(found, Console())

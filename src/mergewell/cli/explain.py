@@ -50,6 +50,10 @@ def explain(
     from mergewell.explain.explanation import explain as explain_experts
     from mergewell.labelled import load_labelled
 
+    if html is not None:  # before the work, not after it
+        from mergewell.report.files import require_own_page
+
+        require_own_page(html)
     planned, source = opened(base, expert or [], model_factory)
     for each in planned.recipe.experts:
         if each.coefficient != 1.0:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from mergewell.report import compare_figures, findings, numbers
 from mergewell.report.compare_figures import Difference, Pair
-from mergewell.report.files import write_text
+from mergewell.report.files import write_page_text
 from mergewell.report.html import render
 from mergewell.report.layer_figures import BARS, WORST
 from mergewell.report.results import MEAN, WHOLES, Finding, LayerMLoss
@@ -100,11 +100,11 @@ def compare(folder_a: Path, folder_b: Path, out: Path) -> Path:
     Raises:
         DataError: one of them holds nothing that mergewell wrote, or something broken.
         CheckpointError: a manifest is broken.
-        OutputError: the page cannot be written.
+        OutputError: the page cannot be written, or something else stands there.
     """
     found = compared(*_named(read_side(folder_a), read_side(folder_b), (folder_a, folder_b)))
     path = out if out.suffix == ".html" else out / "compare.html"
-    return write_text(path, render_comparison(found))
+    return write_page_text(path, render_comparison(found))
 
 
 def compared(one: Side, other: Side) -> Comparison:

@@ -10,17 +10,17 @@ from markupsafe import Markup
 from mergewell.explain.averaging import BatchNorm
 from mergewell.explain.explanation import Explanation
 from mergewell.report import explain_figures as figures
+from mergewell.report.files import write_page_text
 from mergewell.report.html import render
-from mergewell.report.results import write_text
 
 
 def write_explain_page(found: Explanation, path: Path) -> Path:
     """Write the page of an explanation, and return its path.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or something else stands there.
     """
-    return write_text(path, render_explain_page(found))
+    return write_page_text(path, render_explain_page(found))
 
 
 def render_explain_page(found: Explanation) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
 from mergewell.errors import DataError, OutputError
+
+_GENERATED = b'<meta name="generator" content="mergewell">'
+_HEAD = 1 << 16
+"""Bytes of a page that its head is looked for in."""
+_CHECKED = b'"verdict":'
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -27,6 +33,47 @@ def write_text(path: Path, text: str) -> Path:
             f"{path} cannot be written ({error.strerror}); choose another folder."
         ) from error
     return path
+
+
+def write_page_text(path: Path, text: str) -> Path:
+    """Write a page as `write_text` does, but over nothing that is not a page of mergewell.
+
+    Raises:
+        OutputError: something else stands there, or the folder cannot be written.
+    """
+    require_own_page(path)
+    return write_text(path, text)
+
+
+def require_own_page(path: Path) -> None:
+    """Require that a page can be written without loss of what mergewell did not make.
+
+    Raises:
+        OutputError: something stands there that is no page of mergewell.
+    """
+    _require_own(path, lambda content: _GENERATED in content[:_HEAD], "page")
+
+
+def require_own_check(path: Path) -> None:
+    """Require that the JSON of a check can be written in the same way.
+
+    Raises:
+        OutputError: something stands there that is no check of mergewell.
+    """
+    _require_own(path, lambda content: _CHECKED in content, "check")
+
+
+def _require_own(path: Path, is_own: Callable[[bytes], bool], what: str) -> None:
+    try:
+        if not path.exists() or (path.is_file() and is_own(path.read_bytes())):
+            return
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be looked at ({error.strerror}); choose another name."
+        ) from error
+    raise OutputError(
+        f"{path} exists already and is no {what} of mergewell; choose another name or remove it."
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:

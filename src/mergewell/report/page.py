@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mergewell.report import figures, findings, layer_figures, numbers, place_figures, story
+from mergewell.report.files import write_page_text
 from mergewell.report.html import render
 from mergewell.report.results import (
     MEAN,
@@ -22,7 +23,6 @@ from mergewell.report.results import (
     Matrix,
     Results,
     read_results,
-    write_text,
 )
 
 WHOLE = "all"
@@ -37,16 +37,16 @@ def write_page(results_dir: Path) -> Path:
         OutputError: the folder cannot be written.
     """
     results = read_results(results_dir)
-    return write_text(results_dir / results.report, render_page(results))
+    return write_page_text(results_dir / results.report, render_page(results))
 
 
 def write_check_page(check: Check, path: Path) -> Path:
     """Write the page of a check alone, and return its path.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or something else stands there.
     """
-    return write_text(path, render_page(Results.of_check(check)))
+    return write_page_text(path, render_page(Results.of_check(check)))
 
 
 def render_page(results: Results) -> str:
