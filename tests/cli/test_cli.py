@@ -34,7 +34,7 @@ FROZEN = {
     },
     "calibrate": {
         "--out", "--base", "--expert", "--method", "--set", "--data", "--samples", "--mode",
-        "--model-factory", "--shard", "--gram", "--json",
+        "--model-factory", "--shard", "--gram", "--fisher", "--json",
     },
     "join": {"--out", "--json"},
     "report": {"--out"},
@@ -183,6 +183,29 @@ def test_plan_prints_every_tensor_and_json(tmp_path: Path, capsys: pytest.Captur
     assert main(["plan", str(file), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["version"] == 1 and len(data["tensors"]) == 6
+
+
+def test_a_plan_lists_the_parameters_of_each_group(
+    tmp_path: Path, mergewell_here: Callable[..., Ran]
+) -> None:
+    base, experts = family(tmp_path)
+    recipe = recipe_from_flags(
+        base=str(base), experts=list(map(str, experts)), method="ties",
+        settings=["density=[0.1, 0.25, 1]"],
+    ).as_data()  # fmt: skip
+    rules = [
+        {"match": "layer.1*", "method": {"name": "dare", "density": 0.5}},
+        {"match": "*.bias", "method": {"name": "ties", "scale": 2}},
+    ]
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({**recipe, "rules": rules}))
+    shown = mergewell_here("plan", str(file)).stdout
+    groups = shown.partition("tensors  method")[2].partition("\n\n")[0]
+    rows = [line.split(maxsplit=2) for line in groups.splitlines() if line[:1].isdigit()]
+    told = {(row[0], row[1]) for row in rows}
+    assert told == {("1", "copy"), ("3", "ties"), ("1", "dare"), ("1", "ties")}
+    assert "density = [0.1, 0.25, 1.0]" in groups and "elect = mass" in groups
+    assert "scale = 2" in groups and "density = 0.5" in groups
 
 
 def test_check_on_weights_alone(tmp_path: Path, mergewell_here: Callable[..., Ran]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mergewell.cli.explain import print_json
@@ -16,7 +18,7 @@ from mergewell.cli.progress import steps
 from mergewell.device import make_device
 from mergewell.errors import OutputError, RecipeError, did_you_mean
 from mergewell.jobs import JobResult, parse_shard, run_shard
-from mergewell.plan import make_plan
+from mergewell.plan import Plan, make_plan
 from mergewell.recipe import read_recipe
 from mergewell.report.numbers import counted
 from mergewell.run import run as run_plan
@@ -168,13 +170,16 @@ def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
         table.add_column(heading)
     for task in planned.tasks.values():
         table.add_row(
-            task.name,
+            escape(task.name),
             "×".join(map(str, task.spec.shape)) or "scalar",
             str(task.spec.dtype).removeprefix("torch."),
             task.treatment,
             "" if task.copied_from is not None else " ".join(f"{c:g}" for c in task.coefficients),
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print()
+    console.print(_groups(planned))
     print(
         f"\n{len(planned.tasks)} tensors · reads {_bytes(planned.read_bytes)} in {planned.passes} "
         f"pass{'es' if planned.passes > 1 else ''} · writes {_bytes(planned.write_bytes)} · memory "
@@ -183,3 +188,25 @@ def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
     )
     for warning in planned.warnings:
         print(f"warning: {warning}")
+
+
+def _groups(planned: Plan) -> Table:
+    """Return the methods with their parameters, and how many tensors each set of them merges."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for task in planned.tasks.values():
+        known = {} if task.copied_from is not None else task.method.parameters()
+        shown = ", ".join(f"{name} = {_value(value)}" for name, value in known.items())
+        key = (task.treatment, shown, ", ".join(task.calibration))
+        counts[key] = counts.get(key, 0) + 1
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensors", "method", "parameters", "guided by"):
+        table.add_column(heading, overflow="fold")
+    for (name, parameters, guide), count in counts.items():
+        table.add_row(str(count), name, escape(parameters), guide)
+    return table
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
