@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import save
 
+from mergewell.calibration.models import merge_digest
 from mergewell.errors import CheckpointError, DataError, PlanError
 from mergewell.guidance import model_digest, open_guidance
+from mergewell.jobs import run_shard
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import make_recipe, read_recipe
 from mergewell.run import merge_tensors, run
 from mergewell.storage.checkpoint import open_checkpoint
+from mergewell.storage.manifest import hash_file
+from mergewell.verify import verify_deep
 
 SHAPES = {
     "net.layers.0.up": (6, 4),
@@ -172,6 +176,35 @@ def test_the_file_stands_in_the_result_and_in_what_is_resumed(
     calibration(calibrated, of, done=[0, 1])
     again = planned(of, calibrated)
     assert again.resume_key() != key and "batches" not in again.warnings[0]
+
+
+def test_the_calibration_is_an_input_of_the_merge(
+    of: list[Path], calibrated: Path, tmp_path: Path
+) -> None:
+    plan = planned(of, calibrated)
+    for algorithm in ("xxh3-128", "sha256"):
+        manifest = run(plan, tmp_path / algorithm, algorithm=algorithm)
+        (record,) = [file for file in manifest.inputs if file.path == str(calibrated)]
+        assert record.hash == hash_file(calibrated, algorithm)
+        assert record.bytes == calibrated.stat().st_size
+        assert len(manifest.inputs) == 4
+    assert verify_deep(tmp_path / "sha256").problems == ()
+    run_shard(plan, tmp_path / "jobs", 0, 1)
+    assert run_shard(plan, tmp_path / "jobs", 0, 1).missing == (), "the result is known again"
+    calibration(calibrated, of, done=[0, 1])
+    (problem,) = verify_deep(tmp_path / "sha256").problems
+    assert "c.safetensors" in problem
+
+
+def test_what_a_plan_does_is_told_by_the_calibration_and_not_by_its_path(
+    of: list[Path], calibrated: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere.safetensors"
+    moved.write_bytes(calibrated.read_bytes())
+    assert merge_digest(planned(of, moved)) == merge_digest(planned(of, calibrated))
+    before = merge_digest(planned(of, calibrated))
+    calibration(calibrated, of, done=[0, 1])
+    assert merge_digest(planned(of, calibrated)) != before
 
 
 def test_a_path_in_a_recipe_file_is_seen_from_there(of: list[Path], calibrated: Path) -> None:

@@ -110,6 +110,7 @@ def _is_committed(plan: Plan, directory: Path) -> bool:
         return False
     manifest = read_manifest(directory)
     files = {str(f): f.stat().st_size for model in plan.inputs for f in model.files}
+    files |= {file.path: file.bytes for file in plan.data_records("xxh3-128")}
     merged = {file.path: file.bytes for file in manifest.inputs}
     return manifest.recipe == plan.recipe.as_data() and merged == files
 

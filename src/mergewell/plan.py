@@ -17,6 +17,8 @@ from mergewell.methods.keep import Keep
 from mergewell.recipe import LayerRange, Recipe, Rule
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.layer_stack import LayerPiece, LayerStack
+from mergewell.storage.layout import shard_layouts
+from mergewell.storage.manifest import Algorithm, InputFile, input_file
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import ShardLayout
 from mergewell.tensor_group import CHUNK
@@ -85,6 +87,14 @@ class Plan:
     def inputs(self) -> tuple[Checkpoint, ...]:
         """All checkpoints that are read."""
         return ((self.base,) if self.base is not None else ()) + self.experts
+
+    def data_records(self, algorithm: Algorithm) -> tuple[InputFile, ...]:
+        """Return records of the files that are read beside the models."""
+        if self.guidance is None:
+            return ()
+        path = self.guidance.file.path
+        known = self.guidance.digest if algorithm == "xxh3-128" else None
+        return (input_file(path, algorithm, known=known),)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -207,7 +217,8 @@ def make_plan(recipe: Recipe) -> Plan:
     if guidance is not None:
         guided = [task.name for task in tasks.values() if task.calibration]
         warnings.append(guidance.described(guided, list(tasks)))
-    layouts = _layouts(reference, tasks, recipe.shard_bytes)
+    written = {name: task.spec for name, task in tasks.items()}
+    layouts = shard_layouts(reference.shards, written, recipe.shard_bytes)
     return Plan(recipe, base, experts, tasks, layouts, tuple(warnings), guidance)
 
 
@@ -324,37 +335,6 @@ def _listed(names: Sequence[str]) -> str:
         return f"{names[0]} is"
     shown = ", ".join(islice(names, 2))
     return f"{shown}{f' and {len(names) - 2} more' if len(names) > 2 else ''} are"
-
-
-def _layouts(
-    reference: Checkpoint, tasks: Mapping[str, TensorTask], limit: int | None
-) -> tuple[ShardLayout, ...]:
-    """Return the files to write, tensors in the reference's order.
-
-    As many as the reference has, or filled up to `limit` bytes each; a larger tensor stands alone.
-    """
-    groups = [[tasks[n].spec for n in shard.names if n in tasks] for shard in reference.shards]
-    if limit is not None:
-        groups = _filled([spec for group in groups for spec in group], limit)
-    groups = [group for group in groups if group]
-    if len(groups) == 1:
-        return (ShardLayout("model.safetensors", tuple(groups[0])),)
-    return tuple(
-        ShardLayout(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, 1)
-    )
-
-
-def _filled(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    groups: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if groups[-1] and size + spec.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(spec)
-        size += spec.nbytes
-    return groups
 
 
 def _compare_configs(reference: Checkpoint, experts: Sequence[Checkpoint]) -> list[str]:

@@ -98,7 +98,7 @@ def run(
             )
         for file in plan.reference.side_files:
             writer.add_file(file.name, plan.reference.side_file(file))
-        inputs = [*known, *engine.imap(PassingHash.record, hashes)]
+        inputs = [*known, *engine.imap(PassingHash.record, hashes), *plan.data_records(algorithm)]
         return writer.commit(
             {
                 "recipe": plan.recipe.as_data(),

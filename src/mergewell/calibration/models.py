@@ -85,8 +85,10 @@ def require_same(plan: Plan, calibration: Calibration) -> None:
 
 
 def merge_digest(plan: Plan) -> str:
-    """Return a hash of what a plan does, whatever its models are and wherever they lie."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"base", "notes", "shard_bytes"})
+    """Return a hash of what a plan does, whatever its models are and wherever files lie."""
+    left_out = {"base", "notes", "shard_bytes", "repair"}
+    recipe = plan.recipe.model_dump(mode="json", exclude=left_out)
+    recipe["calibration"] = None if plan.guidance is None else plan.guidance.digest
     recipe["method"] = {"name": plan.recipe.method.name}
     recipe["method"] |= plan.recipe.method.build().parameters()
     for expert in recipe["experts"]:

@@ -73,6 +73,16 @@ class InputFile(_Contract):
     bytes: int
 
 
+def input_file(path: Path, algorithm: Algorithm, *, known: str | None = None) -> InputFile:
+    """Return the record of a file, of its `known` hash if it was made before.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hash_file(path, algorithm) if known is None else known
+    return InputFile(path=str(path), hash=digest, bytes=path.stat().st_size)
+
+
 class OutputFile(_Contract):
     """A file of the merged folder."""
 
