@@ -123,15 +123,14 @@ def test_adapters_of_two_ranks_and_a_whole_expert(tmp_path: Path, name: str) -> 
         )
         for rank in (2, 5)
     ]
-    method = {"name": name, "of": {"name": "task_arithmetic", "scale": 0.7}}
+    # 0.7 times 5 steps of bfloat16 would end halfway between two, where rounding is a draw
+    method = {"name": name, "of": {"name": "task_arithmetic", "scale": 0.5**0.5}}
     wrapped = make_plan(recipe_of(base, [*paths, *experts], method))
     plain = make_plan(recipe_of(base, [*paths, *experts], method["of"]))
-    for (tensor, merged), (_, due) in zip(
-        merge_tensors(wrapped), merge_tensors(plain), strict=True
-    ):
-        step = 2.0**-7  # bfloat16 may round the last bit of a sum the other way
-        assert torch.allclose(merged.double(), due.double(), rtol=step, atol=1e-9), tensor
-        assert float((merged != due).double().mean()) < 1e-2
+    due = dict(merge_tensors(plain))
+    for tensor, merged in merge_tensors(wrapped):
+        assert torch.allclose(merged.double(), due[tensor].double(), rtol=2.0**-7, atol=1e-9)
+        assert float((merged != due[tensor]).double().mean()) < 1e-4, tensor
     recipe = recipe_of(base, paths, {"name": name, "of": {"name": "ties", "density": 0.5}})
     assert make_recipe(recipe.as_data()) == recipe
     manifest = run(make_plan(recipe), tmp_path / "out")
