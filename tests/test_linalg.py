@@ -4,8 +4,8 @@ import torch
 from mergewell import linalg
 
 
-def drawn(rows: int, columns: int, *, seed: int = 0, dtype: torch.dtype = torch.float64):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def test_worked_example() -> None:
@@ -85,6 +85,15 @@ def test_newton_schulz_agrees_with_the_svd(shape) -> None:
     assert torch.equal(linalg.newton_schulz_polar(torch.zeros(shape)), torch.zeros(shape))
     few = linalg.newton_schulz_polar(matrix, steps=3)
     assert not torch.allclose(few, linalg.polar(matrix))
+
+
+def test_logarithms_of_rotations_are_skew_and_give_them_back() -> None:
+    skew = 0.3 * drawn(5, 6, 6)
+    skew = skew - skew.mT
+    logs = linalg.log_rotations(torch.linalg.matrix_exp(skew))
+    torch.testing.assert_close(logs, skew)
+    one = linalg.log_rotations(torch.eye(3, dtype=torch.float64)[None])
+    torch.testing.assert_close(one, torch.zeros(1, 3, 3, dtype=torch.float64))
 
 
 def test_gram_adds_up_slices_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

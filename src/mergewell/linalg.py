@@ -143,6 +143,14 @@ def newton_schulz_polar(matrix: Tensor, *, steps: int = 40) -> Tensor:
     return x if tall else x.T
 
 
+def log_rotations(rotations: Tensor) -> Tensor:
+    """Return the real, skew logarithms of rotations [n, h, h], by angles in (-pi, pi]."""
+    values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eig(rotations))
+    inverse = cast("Tensor", torch.linalg.inv(vectors))
+    log = ((vectors * (1j * values.angle()[:, None])) @ inverse).real
+    return (log - log.mT) / 2
+
+
 def gram(matrix: Tensor) -> Tensor:
     """Return A'A [I, I] in float64, added up over slices of the rows in their order."""
     rows = max(1, _CHUNK // max(1, matrix.shape[1]))

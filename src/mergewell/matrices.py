@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mergewell import linalg
 from mergewell.errors import RecipeError
+from mergewell.methods import ops
 from mergewell.methods.base import METHODS, MergeMethod, Needs, needs_by
 from mergewell.methods.task_arithmetic import TaskArithmetic
 from mergewell.statistics.base import WeightStatistic
@@ -184,6 +185,19 @@ class MatrixMerge(MergeMethod):
         return rows.reshape(like.shape)
 
 
+def trimmed(matrix: Tensor, density: float) -> Tensor:
+    """Return a matrix with only its largest entries kept, ties from the front."""
+    return ops.trim_rows(matrix.flatten(), density).view(matrix.shape)
+
+
+def mean_of_agreeing(matrices: Sequence[Tensor]) -> Tensor:
+    """Return the mean, entry by entry, over the matrices that have the elected sign (TIES)."""
+    elected = ops.elect_sign(matrices, "mass")
+    agree = [(matrix.sign() == elected).to(matrix.dtype) for matrix in matrices]
+    summed = ops.total([m * agrees for m, agrees in zip(matrices, agree, strict=True)])
+    return ops.divided(summed, ops.total(agree))
+
+
 def is_matrix(tensor: Tensor) -> bool:
     """Return whether a tensor, folded, has two rows and two columns at least."""
     return tensor.dim() > 1 and min(rows_of(tensor).shape) > 1
@@ -249,6 +263,31 @@ InnerMethod = Annotated[
 """A method as another's parameter: its name, or a mapping of name and parameters."""
 
 
+def sums_up(scale: float) -> MergeMethod:
+    """Return task arithmetic at this scale, which inner methods are unless given."""
+    return TaskArithmetic(scale=scale)
+
+
+def alone(method: MergeMethod, matrices: TaskMatrices) -> Tensor:
+    """Return what a method makes of these matrices as if they were a tensor of their own."""
+    return method.merge(
+        TensorGroup(
+            matrices.name, matrices.experts, matrices.coefficients, matrices.base, matrices.seed
+        )
+    )
+
+
+def cannot_run_alone(method: MergeMethod) -> str:
+    """Return the objection to an inner method that has to know more than one matrix, or nothing."""
+    whole_model = any(statistic.scope == "model" for statistic in method.statistics())
+    if whole_model or method.needs.calibration:
+        return (
+            f"of: {method.component_name()} asks for more than the one matrix it gets here; give "
+            "it a scope of one tensor, or choose another"
+        )
+    return ""
+
+
 def _needs_of_inner(method: Any) -> Needs:
     inner = method.of.needs
     return Needs(
@@ -270,10 +309,7 @@ class RefinedMerge(SpectralMerge):
 
     def combine(self, matrices: TaskMatrices) -> Tensor:
         """Return the corrected result of `of`, run on this matrix as if it were a tensor."""
-        group = TensorGroup(
-            matrices.name, matrices.experts, matrices.coefficients, matrices.base, matrices.seed
-        )
-        return self.refine(self.of.merge(group) - matrices.base, matrices)
+        return self.refine(alone(self.of, matrices) - matrices.base, matrices)
 
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled corrected task vector."""

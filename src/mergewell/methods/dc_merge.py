@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergewell.linalg import Factors
-from mergewell.matrices import TaskMatrices, TruncatedMerge
-from mergewell.methods import ops
+from mergewell.matrices import TaskMatrices, TruncatedMerge, mean_of_agreeing, trimmed
 from mergewell.methods.base import Fraction, Laws
 
 
@@ -56,11 +55,7 @@ class DcMerge(TruncatedMerge):
         cores = [(left.T @ top.left * self._smoothed(top)) @ (top.right.T @ right) for top in tops]
         if not cores[0].numel():
             return left @ right.T
-        kept = [ops.trim_rows(core.flatten(), self.keep).view(core.shape) for core in cores]
-        elected = ops.elect_sign(kept, "mass")
-        agree = [(core.sign() == elected).to(core.dtype) for core in kept]
-        summed = ops.total([core * agrees for core, agrees in zip(kept, agree, strict=True)])
-        merged = ops.divided(summed, ops.total(agree))
+        merged = mean_of_agreeing([trimmed(core, self.keep) for core in cores])
         blocks = [torch.ones(len(top.values), len(top.values)).to(merged) for top in tops]
         own = cast("Tensor", torch.block_diag(*blocks))
         return left @ (merged * own) @ right.T
