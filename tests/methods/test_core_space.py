@@ -36,3 +36,20 @@ def test_coefficients_and_scale_reach_the_cores() -> None:
     merged = CoreSpace.model_validate({"of": inner, "scale": 0.5}).merge(weighted)
     due = 0.5 * torch.tensor([[4.0, 0.0], [0.0, 4.0]]).double()
     assert torch.allclose(merged - experts.required_base, due)
+
+
+def test_directions_are_weighed_by_the_roots_of_their_lengths() -> None:
+    # B and A of 4 e_1 f_1' and of the product of (3, 4) / 5 and (1, 1) / 2^.5, by hand; TIES with
+    # density 1/2 sees how the axes lie
+    root = 0.5**0.5
+    experts = group([[4.0, 0.0], [0.0, 0.0]], [[0.6 * root, 0.6 * root], [0.8 * root, 0.8 * root]])
+    b = torch.tensor([[2.0, 0.6], [0.0, 0.8]]).double()
+    a = torch.tensor([[2.0, 0.0], [root, root]]).double()
+    left, right = torch.linalg.svd(b).U, torch.linalg.svd(a).Vh.T
+    due = torch.zeros(2, 2, dtype=torch.float64)
+    for expert in experts.experts:
+        core = left.T @ (expert - experts.required_base) @ right
+        kept = core.abs() >= core.abs().flatten().sort().values[-2]
+        due = due + left @ (core * kept) @ right.T
+    merged = CoreSpace(of=Ties(density=0.5, combine="sum")).merge(experts)
+    assert torch.allclose(merged - experts.required_base, due)
