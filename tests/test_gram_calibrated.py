@@ -16,6 +16,7 @@ from mergewell.calibration.data import Data, Memory
 from mergewell.calibration.file import join_calibrations, write_calibration
 from mergewell.errors import DataError, PlanError
 from mergewell.models.dataflow import call, evaluating
+from mergewell.models.fisher import squared_gradients
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import make_recipe
 from mergewell.run import merge_tensors
@@ -197,3 +198,42 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         planned(models, file, {"name": "regmean"})
     with pytest.raises(PlanError, match="is guided by a calibration"):
         make_plan(make_recipe({**models, "method": {"name": "lot"}}))
+
+
+def test_fisher_is_of_each_expert_s_own_inputs_and_reaches_the_merge(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    cut = tuple(ARCHITECTURES["cnn"][1](3) for _ in range(4))
+    used = Data(cnn, cut, 12, owners=(0, 1, 0, 1), fisher="classes")
+    models = checkpoints(tmp_path / "models", cnn)
+    plan = make_plan(make_recipe(models))
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, file in enumerate(files):
+        write_calibration(file, calibrate(plan, used, shard=(number, 2)))
+    whole = calibrate(plan, used)
+    joined = join_calibrations(files)
+    assert joined.states.keys() == whole.states.keys() and joined.head == whole.head
+    file = tmp_path / "c.safetensors"
+    write_calibration(file, joined)
+    weight = "blocks.0.conv1.weight"
+    squares = []
+    for number, checkpoint in enumerate(plan.experts):
+        module = cnn()
+        module.load_state_dict({n: checkpoint[n] for n in checkpoint})
+        own = [b for b in range(4) if used.owners[b] == number]
+        parts = [squared_gradients(module, cut[b], "classes", first=3 * b)[weight] for b in own]
+        squares.append(torch.stack(parts).sum(0).double() / 6)
+    merged = planned(models, file, {"name": "fisher", "floor": 0.0})
+    assert merged.tasks[weight].calibration == ("fisher",)
+    assert merged.tasks["norm.running_mean"].calibration == ()
+    experts = [expert[weight].double() for expert in plan.experts]
+    wanted = (squares[0] * experts[0] + squares[1] * experts[1]) / (squares[0] + squares[1])
+    for block in (1 << 17, 80):  # rows are read apart
+        found = dict(merge_tensors(merged, [weight], block=block))[weight]
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    known = merged.guidance
+    assert known is not None
+    values = known.values(weight, ["fisher"], 2, 5)
+    assert values["fisher"].shape == (2, 3, 8, 3, 3) and values["fisher_base"].shape[0] == 3
+    assert values["fisher_samples"].tolist() == [12, 6, 6]
+    ubgm = planned(models, file, {"name": "ubgm"})
+    assert not torch.equal(dict(merge_tensors(ubgm, [weight]))[weight], found)

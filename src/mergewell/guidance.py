@@ -10,6 +10,7 @@ Shapes: R rows of a tensor, O nodes of a unit; K experts, G groups of inputs, I 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mergewell.errors import CheckpointError, DataError, PlanError
+from mergewell.guidance_states import Map, fisher_values, gram_values
 from mergewell.methods.ops import rank_shares
 from mergewell.statistics.m_loss import MLoss
 from mergewell.storage.base import Checkpoint
@@ -30,10 +32,12 @@ from mergewell.tensor_group import Value
 FAMILIES: Mapping[str, str] = {
     "m_loss": "M-Loss",
     "gram": "Gram matrices (`calibrate --gram`)",
+    "fisher": "Fisher information (`calibrate --fisher classes`)",
 }
 """What methods may ask for, and what that is."""
 
 _KEY, _VERSION = "mergewell.calibration", 1
+_BASE_FISHER = re.compile(r"fisher/[^/]+/base/squares")
 _ENDS = 64  # elements at either end of a tensor that tell a model
 
 
@@ -52,19 +56,6 @@ class Nodes:
         return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
 
 
-@dataclass(frozen=True, slots=True)
-class Map:
-    """A linear map whose inputs' Gram matrices are known."""
-
-    place: str
-    """What the calibration calls it."""
-
-    along: int
-    """The dimension of its weight that counts inputs."""
-
-    experts: int
-
-
 @dataclass(frozen=True)
 class Guidance:
     """An opened calibration and the tensors that it speaks of."""
@@ -79,8 +70,13 @@ class Guidance:
     left_out: Mapping[str, str]
     """Tensors of measured units that cannot be guided, with the reason."""
 
-    maps: Mapping[str, Map] = field(default_factory=dict[str, "Map"])
+    maps: Mapping[str, Map] = field(default_factory=dict[str, Map])
     """Weights of linear maps whose inputs' Gram matrices are known, by tensor name."""
+
+    gradients: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the calibration calls tensors whose Fisher information is known, by tensor name."""
+
+    experts: int = 0
 
     partly: str = ""
     """What to say of a calibration that has not seen all of its data."""
@@ -96,7 +92,7 @@ class Guidance:
         Raises:
             PlanError: there is no such family, or the calibration holds nothing of it.
         """
-        known = {"m_loss": self.tensors, "gram": self.maps}
+        known = {"m_loss": self.tensors, "gram": self.maps, "fisher": self.gradients}
         for family in families:
             if family not in FAMILIES:
                 raise PlanError(f"Nothing guides a merge by {family!r}; known: {[*FAMILIES]}.")
@@ -136,6 +132,9 @@ class Guidance:
         - `gram` [K, G, I, I]: of each expert, the sum of h h^T over the inputs h of the map
         - `gram_rows` [K]: the number of these inputs
         - `gram_along` []: the tensor's dimension that counts inputs, 1 or 0
+        - `fisher` [K, R, ...]: of each expert, the mean squared gradient of its log-likelihood
+        - `fisher_base` [R, ...]: the same of the base
+        - `fisher_samples` [K + 1]: the number of samples, the base's first
 
         Raises:
             PlanError: there is no such family.
@@ -148,46 +147,12 @@ class Guidance:
             if family == "m_loss":
                 whole = self._m_loss.get(name, {})
                 found |= {k: v[start:stop] if v.dim() else v for k, v in whole.items()}
-            elif name in self.maps:
-                found |= self._gram(self.maps[name])
+            elif family == "gram" and name in self.maps:
+                found |= gram_values(self.file, self.maps[name], self.experts)
+            elif family == "fisher" and name in self.gradients:
+                rows = (start, stop)
+                found |= fisher_values(self.file, self.gradients[name], self.experts, rows)
         return found
-
-    def _gram(self, known: Map) -> dict[str, Tensor]:
-        """Return the Gram matrices of a map's inputs.
-
-        Raises:
-            CheckpointError: they are damaged.
-        """
-        grams: list[Tensor | None] = []
-        rows: list[float] = []
-        for number in range(1, known.experts + 1):
-            key = f"gram/{known.place}/expert {number}"
-            if f"{key}/gram" not in self.file.specs:  # none of its inputs came here
-                grams.append(None)
-                rows.append(0.0)
-                continue
-            gram = self._read(f"{key}/gram").to(torch.float64)
-            grams.append(gram if gram.dim() == 3 else gram[None])
-            rows.append(float(self._read(f"{key}/count")))
-        found = [gram for gram in grams if gram is not None]
-        shapes = {tuple(gram.shape) for gram in found}
-        if len(shapes) != 1 or not all(bool(gram.isfinite().all()) for gram in found):
-            raise CheckpointError(
-                f"{self.file.path}: the Gram matrices of {known.place} are not of one shape and "
-                "finite; calibrate again."
-            )
-        nothing = torch.zeros_like(found[0])
-        return {
-            "gram": torch.stack([nothing if gram is None else gram for gram in grams]),
-            "gram_rows": torch.tensor(rows, dtype=torch.float64),
-            "gram_along": torch.tensor(known.along),
-        }
-
-    def _read(self, name: str) -> Tensor:
-        if name not in self.file.specs:
-            raise CheckpointError(f"{self.file.path}: {name} is missing; calibrate again.")
-        spec = self.file.specs[name]
-        return self.file.read(name, 0, spec.numel).view(spec.shape)
 
     @cached_property
     def _m_loss(self) -> Mapping[str, Value]:
@@ -281,10 +246,16 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
     kept = {name: tuple(parts) for name, parts in tensors.items() if name not in left_out}
     partly = f" (which saw {done} of {batches} batches)" if done < batches else ""
     maps = {
-        _found(path, f"{place}.weight", models[0]): Map(place, along, len(models) - 1)
+        _found(path, f"{place}.weight", models[0]): Map(place, along)
         for place, along in grams.items()
     }
-    return Guidance(file, kept, {name: sizes[name] for name in kept}, left_out, maps, partly)
+    measured = (n.split("/")[1] for n in file.specs if _BASE_FISHER.fullmatch(n))
+    gradients = {_found(path, parameter, models[0]): parameter for parameter in measured}
+    for name in [name for name in gradients if not models[0].spec(name).shape]:
+        left_out[name] = "a single number"
+        del gradients[name]
+    kept_sizes = {name: sizes[name] for name in kept}
+    return Guidance(file, kept, kept_sizes, left_out, maps, gradients, len(models) - 1, partly)
 
 
 def _found(path: str | Path, parameter: str, base: Checkpoint) -> str:

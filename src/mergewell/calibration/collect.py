@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from mergewell.calibration.data import Data, Memory, fingerprint, first_samples, kept
+from mergewell.calibration.fisher import gather_fisher
 from mergewell.calibration.models import (
     BASE,
     MEAN,
@@ -27,6 +29,7 @@ from mergewell.calibration.result import FAMILIES, Calibration, Head
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import DataError, RecipeError
 from mergewell.models.dataflow import Batch, parts, tensors
+from mergewell.models.fisher import Likelihood
 from mergewell.models.maps import MapCall, WatchingMaps, weights
 from mergewell.models.observe import Averages, observing
 from mergewell.models.own_path import OwnPaths
@@ -71,11 +74,11 @@ def calibrate(
     """
     if plan.base is None:
         raise RecipeError("A calibration compares experts with their base; name it with --base.")
-    first, count = shard
-    indices = range(first, len(data.batches), count)
+    first, shards = shard
+    indices = range(first, len(data.batches), shards)
     if not indices:
         raise DataError(
-            f"Shard {first}/{count} gets none of the {len(data.batches)} batches of the data; use "
+            f"Shard {first}/{shards} gets none of the {len(data.batches)} batches of the data; use "
             "fewer shards or more data."
         )
     limits = memory or Memory()
@@ -95,8 +98,10 @@ def calibrate(
                 collector.see(step, indices[step.index])
                 if on_step is not None:
                     on_step("activations", min(number, walk.length), walk.length)
-    if on_step is not None:
-        on_step("activations", walk.length, walk.length)
+        if on_step is not None:
+            on_step("activations", walk.length, walk.length)
+        if data.fisher is not None:
+            collector.see_gradients(data.fisher, indices, on_step)
     return collector.result(frozenset(indices))
 
 
@@ -125,7 +130,7 @@ class _Collector:
         self._averages: tuple[str, Averages] | None = None
         self._has_blocks = False
         self._owners = data.owner_of(len(self._experts))
-        sizes = [len(next(iter(tensors(batch)))) for batch in data.batches]
+        sizes = [data.samples_in(number) for number in range(len(data.batches))]
         self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self._sizes = sizes
 
@@ -181,6 +186,24 @@ class _Collector:
             node_dim = _node_dim(self.skeletons[BASE].module.get_submodule(step.module), outputs[0])
             self._see_block(step.module, step.visit, outputs, number, node_dim)
 
+    def see_gradients(
+        self, likelihood: Likelihood, indices: Sequence[int], on_step: OnStep | None
+    ) -> None:
+        """Gather the Fisher information of the base, and of the experts on their own batches."""
+        wanted = {BASE: list(indices)}
+        for name in self._experts:
+            wanted[name] = [n for n in indices if self._is_own(name, self._data.batches[n])]
+        total, done = sum(len(numbers) for numbers in wanted.values()), count(1)
+
+        def tell() -> None:
+            if on_step is not None:
+                on_step("gradients", next(done), total)
+
+        self._states |= gather_fisher(
+            self.skeletons, self._data, likelihood, wanted=wanted, starts=self._starts,
+            on_batch=tell,
+        )  # fmt: skip
+
     def result(self, done: frozenset[int]) -> Calibration:
         """Return everything."""
         m_loss = {f"m_loss/{name}": state for name, state in self._m_loss.items() if state}
@@ -196,6 +219,7 @@ class _Collector:
             uncovered=self._uncovered,
             owners=tuple(self._data.owners),
             grams=self._grams,
+            fisher=self._data.fisher or "",
         )
         seen = sum(self._sizes[number] for number in done)
         return Calibration(head, done, seen, {**m_loss, **self._states})

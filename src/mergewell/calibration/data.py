@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mergewell.errors import DataError
 from mergewell.models.capture import Mode
-from mergewell.models.dataflow import Batch
+from mergewell.models.dataflow import Batch, tensors
+from mergewell.models.fisher import Likelihood
 from mergewell.models.units import CHEAP, Kind
 from mergewell.models.walk import AROUND
 from mergewell.storage.manifest import Hasher, new_hasher
@@ -39,11 +40,19 @@ class Data:
     gram: bool = False
     """Whether Gram matrices of the experts' linear layers are gathered: I^2 numbers a layer."""
 
+    fisher: Likelihood | None = None
+    """Whether Fisher information is gathered, and how the outputs are read; see `models.fisher`."""
+
     owners: Sequence[int] = ()
     """For each batch, the number from 0 of the expert whose task it is of; none if it is of all.
 
-    A Gram matrix is made of an expert's own batches; all else that is gathered takes all batches.
+    An expert's Gram matrices and Fisher information are made of its own batches; all else that is
+    gathered takes all batches.
     """
+
+    def samples_in(self, number: int) -> int:
+        """Return the number of samples in a batch."""
+        return len(tensors(self.batches[number])[0])
 
     def owner_of(self, experts: int) -> dict[int, str]:
         """Return the expert's name for each batch, by the batch's identity, where it has one.

@@ -57,6 +57,7 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
         "uncovered": dict(head.uncovered),
         "owners": head.owners,
         "grams": dict(head.grams),
+        "fisher": head.fisher,
         "done": sorted(calibration.done),
         "seen": calibration.seen,
     }
@@ -100,6 +101,7 @@ def read_calibration(path: str | Path) -> Calibration:
             uncovered=about["uncovered"],
             owners=tuple(about.get("owners", ())),  # files made before these were gathered
             grams=about.get("grams", {}),
+            fisher=about.get("fisher", ""),
         )
         done, seen = frozenset[int](about["done"]), int(about["seen"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,6 +20,7 @@ from mergewell.statistics.activation_features import ActivationFeatures
 from mergewell.statistics.activation_gram import ActivationGram
 from mergewell.statistics.activation_moments import ActivationMoments
 from mergewell.statistics.base import State, Statistic
+from mergewell.statistics.fisher import Fisher
 from mergewell.statistics.m_loss import MLoss
 from mergewell.tensor_group import Value
 
@@ -30,6 +31,7 @@ FAMILIES: Mapping[str, Statistic[Any]] = {
     "drift": ActivationDrift(),
     "features": ActivationFeatures(),
     "gram": ActivationGram(),
+    "fisher": Fisher(),
     "output": ActivationDrift(),
     "outputs": ActivationFeatures(),
 }
@@ -81,6 +83,9 @@ class Head:
     grams: Mapping[str, int] = field(default_factory=dict[str, int])
     """Modules whose inputs' Gram matrices were made, and the dimension of their weight that counts
     the inputs."""
+
+    fisher: str = ""
+    """How outputs were read for the Fisher information; nothing where none was gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +178,8 @@ class Calibration:
             )
         strange_keys = self.states.keys() ^ other.states.keys()
         if self.head.grams == other.head.grams:  # a shard may hold no batch of some expert's task
-            strange_keys = {key for key in strange_keys if not key.startswith("gram/")}
+            own = ("gram/", "fisher/")
+            strange_keys = {key for key in strange_keys if not key.startswith(own)}
         if strange_keys:
             strange = min(strange_keys)
             raise DataError(
@@ -198,4 +204,5 @@ _SAME: Mapping[str, Callable[[Head], object]] = {
     "units": lambda head: [unit.name for unit in head.units],
     "blocks": lambda head: head.blocks,
     "owners of batches": lambda head: head.owners,
+    "Fisher information": lambda head: head.fisher,
 }

@@ -32,6 +32,7 @@ def calibrate(
     model_factory: str | None,
     shard: str | None,
     gram: bool,
+    fisher: str | None,
     as_json: bool,
 ) -> None:
     """Gather the statistics of a recipe's models on some data and write them to a file."""
@@ -46,8 +47,9 @@ def calibrate(
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     used = read_data(
-        recipe, data, mode=mode, samples=samples, model_factory=model_factory, gram=gram
-    )
+        recipe, data, mode=mode, samples=samples, model_factory=model_factory, gram=gram,
+        fisher=fisher,
+    )  # fmt: skip
     with steps() as shown:
         found = gather(planned, used, shard=job, on_step=shown.update)
     _finish(out, found, as_json=as_json)

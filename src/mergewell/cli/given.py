@@ -59,6 +59,7 @@ def read_data(
     samples: int,
     model_factory: str | None,
     gram: bool = False,
+    fisher: str | None = None,
 ) -> Data:
     """Return the inputs at a path, with the architecture that takes them.
 
@@ -66,15 +67,18 @@ def read_data(
     the samples comes from each.
 
     Raises:
-        RecipeError: an unknown mode.
+        RecipeError: an unknown mode or likelihood.
         ModelError: nothing says what the architecture is.
         DataError: the inputs cannot be read, or are neither one path nor one an expert.
     """
     from mergewell.calibration.data import Data
     from mergewell.inputs import batches, load_inputs
     from mergewell.models.capture import Mode
+    from mergewell.models.fisher import Likelihood
     from mergewell.models.loader import ModuleSource
 
+    if fisher is not None and fisher not in get_args(Likelihood):
+        raise RecipeError(f"--fisher {fisher}: {did_you_mean(fisher, get_args(Likelihood))}")
     if mode not in get_args(Mode):
         raise RecipeError(f"--mode {mode}: {did_you_mean(mode, get_args(Mode))}")
     if model_factory is None and not Path(recipe.base or "").is_dir():
@@ -105,5 +109,6 @@ def read_data(
         count,
         mode,  # pyright: ignore[reportArgumentType]
         gram=gram,
+        fisher=fisher,  # pyright: ignore[reportArgumentType]
         owners=owners,
     )

@@ -183,6 +183,10 @@ def calibrate(
     gram: Annotated[
         bool, typer.Option("--gram", help="Gather Gram matrices of linear maps too; large.")
     ] = False,
+    fisher: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Squared gradients too; outputs are classes, features."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run models block by block on a few inputs and keep what was seen."""
@@ -191,7 +195,7 @@ def calibrate(
     commands.calibrate(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
         data=data or [], samples=samples, mode=mode, model_factory=model_factory, shard=shard,
-        gram=gram, as_json=json,
+        gram=gram, fisher=fisher, as_json=json,
     )  # fmt: skip
 
 
