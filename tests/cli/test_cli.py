@@ -48,6 +48,9 @@ FROZEN = {
     "learn": {
         "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json",
     },
+    "extract": {
+        "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
+    },
 }  # fmt: skip
 
 
