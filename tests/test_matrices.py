@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from toys import family, recipe_of
 
 from mergewell.errors import RecipeError
 from mergewell.matrices import MatrixMerge, RefinedMerge, TaskMatrices
 from mergewell.methods.base import Laws, TensorGroup
 from mergewell.methods.task_arithmetic import TaskArithmetic
 from mergewell.methods.ties import Ties
+from mergewell.plan import make_plan
+from mergewell.run import merge_tensors
 
 
 class Seen(MatrixMerge):
@@ -163,3 +167,30 @@ def test_needs_are_those_of_the_inner_method_on_whole_matrices() -> None:
     assert guided.for_tensor("q.weight", guided=False).needs.calibration == ()
     assert "divided" not in Doubled.model_validate({"of": "slerp"}).objection([1.0, 2.0])
     assert Doubled.model_validate({"of": "average"}).objection([1.0, -1.0])
+
+
+def test_a_plan_names_what_embeddings_get_and_streams_them(tmp_path: Path) -> None:
+    base, experts = family(tmp_path, experts=2)
+    plan = make_plan(recipe_of(base, experts, {"name": "tsv", "scale": 0.5}))
+    treated = {name: task.treatment for name, task in plan.tasks.items()}
+    assert treated["embed.weight"] == "task_arithmetic"
+    assert treated["layer.0.weight"] == treated["layer.1.weight"] == "tsv"
+    assert plan.tasks["embed.weight"].method.needs.granularity == "element"
+    merged = dict(merge_tensors(plan))
+    plain = make_plan(
+        recipe_of(base, experts, {"name": "task_arithmetic", "scale": 0.5, "divide": "count"})
+    )
+    same = {name: torch.equal(merged[name], t) for name, t in merge_tensors(plain)}
+    assert same["embed.weight"] and same["layer.0.bias"] and same["scale"]
+    assert not same["layer.0.weight"] and not same["layer.1.weight"]
+
+
+def test_post_processors_take_a_guided_or_thresholded_method_through_a_plan(tmp_path: Path) -> None:
+    base, experts = family(tmp_path, experts=2)
+    of = {"name": "ties", "density": 0.3, "trim_scope": "model"}
+    plain = dict(merge_tensors(make_plan(recipe_of(base, experts, of))))
+    refined = make_plan(
+        recipe_of(base, experts, {"name": "subspace_boosting", "beta": 1, "of": of})
+    )
+    for name, tensor in merge_tensors(refined):
+        torch.testing.assert_close(tensor, plain[name])
