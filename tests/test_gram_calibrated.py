@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from mergewell.calibration.collect import calibrate
 from mergewell.calibration.data import Data, Memory
 from mergewell.calibration.file import join_calibrations, write_calibration
+from mergewell.calibration.forward import calibrate_forward
 from mergewell.errors import DataError, PlanError
+from mergewell.methods.regmean_plus_plus import RegMeanPlusPlus
 from mergewell.models.dataflow import call, evaluating
 from mergewell.models.fisher import squared_gradients
 from mergewell.plan import Plan, make_plan
@@ -237,3 +239,79 @@ def test_fisher_is_of_each_expert_s_own_inputs_and_reaches_the_merge(tmp_path: P
     assert values["fisher_samples"].tolist() == [12, 6, 6]
     ubgm = planned(models, file, {"name": "ubgm"})
     assert not torch.equal(dict(merge_tensors(ubgm, [weight]))[weight], found)
+
+
+@pytest.mark.parametrize("name", ["bert", "cnn"])
+def test_forward_each_layer_sees_what_merged_layers_give(name: str, tmp_path: Path) -> None:
+    used = data(name, owners=(0, 1, 1, 0))
+    models = checkpoints(tmp_path / "models", used.factory)
+    plan = make_plan(make_recipe(models))
+    method = RegMeanPlusPlus(alpha=1.0)
+    file = tmp_path / "c.safetensors"
+    write_calibration(file, calibrate_forward(plan, used, method))
+    merging = planned(models, file, {"name": "regmean_plus_plus", "alpha": 1.0})
+    merged = dict(merge_tensors(merging))
+    # the merged model's own blocks, from the file's merge, give what each expert's block is given
+    whole = used.factory()
+    whole.load_state_dict(merged, strict=False)
+    block, layer = {
+        "bert": ("encoder.layer.2", "output.dense"),
+        "cnn": ("blocks.2", "conv2"),
+    }[name]
+    inputs: list[Tensor] = []
+    for number, checkpoint in enumerate(plan.experts):
+        module = used.factory()
+        module.load_state_dict({n: checkpoint[n] for n in checkpoint}, strict=False)
+        part, seen = module.get_submodule(block), []
+        part.get_submodule(layer).register_forward_pre_hook(
+            lambda _m, args, seen=seen: seen.append(args[0])
+        )
+        for owner, batch in zip(used.owners, used.batches, strict=True):
+            if owner != number:
+                continue
+            with evaluating([whole, module]):
+                handle = whole.get_submodule(block).register_forward_pre_hook(
+                    lambda _m, args, kwargs, part=part: void(part(*args, **kwargs)),
+                    with_kwargs=True,
+                )
+                call(whole, batch)
+                handle.remove()
+            if not isinstance(batch, Tensor):
+                seen[-1] = seen[-1][batch["attention_mask"].bool()]
+            else:
+                unfolded = nn.functional.unfold(seen[-1], 3, padding=1)
+                seen[-1] = unfolded.movedim(1, 2).flatten(0, 1)
+        inputs.append(torch.cat(seen))
+    weight = f"{block}.{layer}.weight"
+    wanted = least_squares(inputs, [expert[weight].flatten(1) for expert in plan.experts])
+    found = merged[weight].flatten(1).double()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    # and not what the experts' own paths give
+    own = calibrate(plan, used).value("gram", f"{block}.{layer}/expert 1")["gram"]
+    other = calibrate_forward(plan, used, method).value("gram", f"{block}.{layer}/expert 1")["gram"]
+    assert float((own - other).norm() / own.norm()) > 0.01
+    assert "layers before were merged by regmean_plus_plus" in merging.warnings[0]
+
+
+def void(_: object) -> None:
+    """Take what a hook is not to return."""
+
+
+def test_equal_experts_and_the_first_layer_are_regmean_s(tmp_path: Path) -> None:
+    used = data("cnn", owners=(0, 1, 1, 0))
+    models = checkpoints(tmp_path / "models", cnn)
+    plan = make_plan(make_recipe(models))
+    forward, own = calibrate_forward(plan, used, RegMeanPlusPlus()), calibrate(plan, used)
+    torch.testing.assert_close(
+        forward.value("gram", "stem/expert 2"), own.value("gram", "stem/expert 2")
+    )
+    assert forward.head.grams == own.head.grams
+    file = tmp_path / "own.safetensors"
+    write_calibration(file, own)
+    with pytest.raises(PlanError, match="holds no Gram matrices of a forward pass"):
+        planned(models, file, {"name": "regmean_plus_plus"})
+    same = {**models, "experts": [models["experts"][0]] * 2}
+    plan = make_plan(make_recipe(same))
+    forward, own = calibrate_forward(plan, used, RegMeanPlusPlus()), calibrate(plan, used)
+    for key in (key for key in own.states if key.startswith("gram/")):
+        torch.testing.assert_close(forward.states[key]["gram"], own.states[key]["gram"])

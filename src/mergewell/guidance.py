@@ -32,6 +32,7 @@ from mergewell.tensor_group import Value
 FAMILIES: Mapping[str, str] = {
     "m_loss": "M-Loss",
     "gram": "Gram matrices (`calibrate --gram`)",
+    "gram_forward": "Gram matrices of a forward pass (`calibrate --method regmean_plus_plus`)",
     "fisher": "Fisher information (`calibrate --fisher classes`)",
 }
 """What methods may ask for, and what that is."""
@@ -77,6 +78,8 @@ class Guidance:
     """What the calibration calls tensors whose Fisher information is known, by tensor name."""
 
     experts: int = 0
+    forward: str = ""
+    """By what the layers before were merged when Gram matrices were made, if they were."""
 
     partly: str = ""
     """What to say of a calibration that has not seen all of its data."""
@@ -92,7 +95,8 @@ class Guidance:
         Raises:
             PlanError: there is no such family, or the calibration holds nothing of it.
         """
-        known = {"m_loss": self.tensors, "gram": self.maps, "fisher": self.gradients}
+        known: dict[str, Mapping[str, object]] = {"m_loss": self.tensors, "gram": self.maps}
+        known |= {"gram_forward": self.maps if self.forward else {}, "fisher": self.gradients}
         for family in families:
             if family not in FAMILIES:
                 raise PlanError(f"Nothing guides a merge by {family!r}; known: {[*FAMILIES]}.")
@@ -147,7 +151,7 @@ class Guidance:
             if family == "m_loss":
                 whole = self._m_loss.get(name, {})
                 found |= {k: v[start:stop] if v.dim() else v for k, v in whole.items()}
-            elif family == "gram" and name in self.maps:
+            elif family != "fisher" and name in self.maps:
                 found |= gram_values(self.file, self.maps[name], self.experts)
             elif family == "fisher" and name in self.gradients:
                 rows = (start, stop)
@@ -218,6 +222,7 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
             for branch in unit["branches"]
         ]
         grams = {str(place): int(along) for place, along in about.get("grams", {}).items()}
+        forward = str(about.get("forward", ""))
         done, batches = len(about["done"]), int(about["batches"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -245,6 +250,7 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
             left_out.setdefault(name, "only some of its rows were measured")
     kept = {name: tuple(parts) for name, parts in tensors.items() if name not in left_out}
     partly = f" (which saw {done} of {batches} batches)" if done < batches else ""
+    partly += f" (layers before were merged by {forward})" if forward else ""
     maps = {
         _found(path, f"{place}.weight", models[0]): Map(place, along)
         for place, along in grams.items()
@@ -255,7 +261,8 @@ def open_guidance(path: str | Path, models: Sequence[Checkpoint]) -> Guidance:
         left_out[name] = "a single number"
         del gradients[name]
     kept_sizes = {name: sizes[name] for name in kept}
-    return Guidance(file, kept, kept_sizes, left_out, maps, gradients, len(models) - 1, partly)
+    experts = len(models) - 1
+    return Guidance(file, kept, kept_sizes, left_out, maps, gradients, experts, forward, partly)
 
 
 def _found(path: str | Path, parameter: str, base: Checkpoint) -> str:

@@ -57,6 +57,7 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
         "uncovered": dict(head.uncovered),
         "owners": head.owners,
         "grams": dict(head.grams),
+        "forward": head.forward,
         "fisher": head.fisher,
         "done": sorted(calibration.done),
         "seen": calibration.seen,
@@ -101,6 +102,7 @@ def read_calibration(path: str | Path) -> Calibration:
             uncovered=about["uncovered"],
             owners=tuple(about.get("owners", ())),  # files made before these were gathered
             grams=about.get("grams", {}),
+            forward=about.get("forward", ""),
             fisher=about.get("fisher", ""),
         )
         done, seen = frozenset[int](about["done"]), int(about["seen"])

@@ -84,6 +84,10 @@ class Head:
     """Modules whose inputs' Gram matrices were made, and the dimension of their weight that counts
     the inputs."""
 
+    forward: str = ""
+    """By what method the layers before were merged when a layer's Gram matrices were made; nothing
+    where each expert was on its own path."""
+
     fisher: str = ""
     """How outputs were read for the Fisher information; nothing where none was gathered."""
 

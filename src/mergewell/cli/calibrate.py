@@ -10,12 +10,14 @@ from typing import Any
 
 from mergewell.calibration.collect import calibrate as gather
 from mergewell.calibration.file import join_calibrations, write_calibration
+from mergewell.calibration.forward import calibrate_forward
 from mergewell.calibration.result import Calibration
 from mergewell.cli.given import chosen_recipe, read_data
 from mergewell.cli.progress import steps
-from mergewell.errors import DataError, OutputError
+from mergewell.errors import DataError, OutputError, RecipeError
 from mergewell.jobs import parse_shard
 from mergewell.plan import make_plan
+from mergewell.recipe import MethodChoice
 
 
 def calibrate(
@@ -43,6 +45,15 @@ def calibrate(
     if not data:
         raise DataError("No data are named; add --data PATH.")
     job = parse_shard(shard) if shard is not None else (0, 1)
+    wanted = recipe.method.build()
+    forward = "gram_forward" in wanted.needs.calibration and recipe.calibration is None
+    if forward and (shard is not None or fisher is not None):
+        raise RecipeError(
+            f"{wanted.component_name()} is calibrated in one go, as all batches merge a layer "
+            "together; leave out --shard and --fisher."
+        )
+    if forward:
+        recipe = recipe.model_copy(update={"method": MethodChoice(name="average")})
     planned = make_plan(recipe)
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -51,7 +62,10 @@ def calibrate(
         fisher=fisher,
     )  # fmt: skip
     with steps() as shown:
-        found = gather(planned, used, shard=job, on_step=shown.update)
+        if forward:
+            found = calibrate_forward(planned, used, wanted, on_step=shown.update)
+        else:
+            found = gather(planned, used, shard=job, on_step=shown.update)
     _finish(out, found, as_json=as_json)
 
 

@@ -73,6 +73,9 @@ class Step:
 Around = Callable[[str, str, Batch], AbstractContextManager[object]]
 """Opened while a model (its name) calls a module (its name) on a batch."""
 
+Before = Callable[[str, Mapping[int, Mapping[str, Call]]], object]
+"""Called with a module's name and, by batch and model, the calls of it that wait."""
+
 
 @dataclass(slots=True)
 class _Lane:
@@ -92,17 +95,19 @@ class Walk:
         *,
         spill: Spill,
         around: Around | None = None,
+        before: Before | None = None,
         together: Mapping[str, Sequence[str]] | None = None,
         keep_below: int = AROUND,
     ) -> None:
         """Prepare; nothing is read before the first step.
 
-        Models must have one architecture. `around` is opened for each call of a piece's module.
+        Models must have one architecture. `around` is opened for each call of a piece's module;
+        `before` is called when all batches have come to it and its weights are there.
         `together` names, for some modules, others whose weights must be there at the same time.
         Where all weights of all models take no more than `keep_below` bytes they are read once.
         """
         self._models, self._batches, self._spill = models, batches, spill
-        self._around = around or _nothing_around
+        self._around, self._before = around or _nothing_around, before
         self._pieces = cut(next(iter(models.values())).module)
         self._piece_of = {name: piece for piece in self._pieces for name in piece.modules}
         self._also = {piece: _also(piece, together or {}) for piece in self._pieces}
@@ -162,6 +167,13 @@ class Walk:
         name = _place(here)
         if name is not None and not self._keeps:
             self._load(self._also[self._piece_of[name]])
+        if name is not None and self._before is not None:
+            waiting = {
+                index: {model: lane.coroutine.request for model, lane in models.items()}
+                for index, models in lanes.items()
+                if _place(models) == name
+            }
+            self._before(name, waiting)
         for index, models in list(lanes.items()):
             if _place(models) != name:
                 continue
