@@ -333,7 +333,7 @@ def test_shard_jobs_and_ray_stay_on_the_cpu(
     tmp_path: Path, models: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from mergewell.cli import commands
+    from mergewell.cli import merge as commands
     from mergewell.cli.main import main
 
     def far(name: str) -> Far:

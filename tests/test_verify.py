@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from toys import family, recipe_of, save
 
 from mergewell.plan import make_plan
-from mergewell.recipe import RepairStep, make_recipe
-from mergewell.repair import repair_folder, step_parts
+from mergewell.recipe import make_recipe
+from mergewell.repair import repair_folder
+from mergewell.repair_step import RepairStep, step_parts
 from mergewell.run import run
 from mergewell.storage.manifest import hash_file
 from mergewell.verify import elements_apart, verify_deep

@@ -20,11 +20,11 @@ import torch
 
 from mergewell.calibration.collect import calibrate
 from mergewell.check import Data, build_module, check
+from mergewell.flags import recipe_from_flags
 from mergewell.inputs import batches, load_inputs
 from mergewell.models.dataflow import call
 from mergewell.models.loader import ModuleSource
 from mergewell.plan import make_plan
-from mergewell.flags import recipe_from_flags
 from mergewell.run import merge_tensors
 
 

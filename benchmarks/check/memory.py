@@ -25,10 +25,10 @@ from mergewell.calibration.collect import calibrate
 from mergewell.calibration.data import Data, Memory
 from mergewell.calibration.result import Calibration
 from mergewell.check import check
+from mergewell.flags import recipe_from_flags
 from mergewell.inputs import batches
 from mergewell.models.loader import ModuleSource
 from mergewell.plan import make_plan
-from mergewell.flags import recipe_from_flags
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, WIDTH = 2048, 5632, 32_000, 16, 4, 128
 

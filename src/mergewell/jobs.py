@@ -18,6 +18,7 @@ from torch import Tensor
 from mergewell.engines.base import make_engine, one_thread_a_worker
 from mergewell.errors import OutputError, RecipeError
 from mergewell.plan import BLOCK, Plan
+from mergewell.repair import mended
 from mergewell.run import OnProgress, run, write_files
 from mergewell.storage.header import build_header
 from mergewell.storage.manifest import MANIFEST, Algorithm, Manifest, read_manifest
@@ -88,6 +89,7 @@ def run_shard(
         staging.join(key)
         missing = _missing(staging, plan, key)
         mine = [layout for layout in plan.layouts[index::count] if layout.file in missing]
+        plan = mended(plan) if mine else plan
         with one_thread_a_worker(), _Files(staging, plan, mine, algorithm, patience_s) as files:
             hashes = hash_while_reading(plan.inputs, algorithm, part=index, parts=count)
             write_files(plan, engine, mine, files, block=block, on_progress=on_progress)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from mergewell.errors import PlanError
 from mergewell.guidance import Guidance, open_guidance
+from mergewell.inputs import input_files
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
 from mergewell.recipe import LayerRange, Recipe, Rule
+from mergewell.repair_step import module_source
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.layer_stack import LayerPiece, LayerStack
 from mergewell.storage.layout import shard_layouts
@@ -60,6 +63,17 @@ class TensorTask:
         return self.method.needs.calibration if self.copied_from is None else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What the repair of a recipe makes of its merge."""
+
+    tensors: Mapping[str, Tensor]
+    """The tensors that are not what was merged, as they are stored."""
+
+    about: Mapping[str, Any]
+    """What the manifest says of it."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A recipe with its opened checkpoints, one task a tensor, and the costs."""
@@ -72,6 +86,9 @@ class Plan:
     warnings: tuple[str, ...]
     guidance: Guidance | None = None
     """What the recipe's calibration says, where a method asks for it."""
+
+    mended: Mended | None = None
+    """What the recipe's repair gives, once the models were run: see `mergewell.repair.mended`."""
 
     @property
     def reference(self) -> Checkpoint:
@@ -89,12 +106,16 @@ class Plan:
         return ((self.base,) if self.base is not None else ()) + self.experts
 
     def data_records(self, algorithm: Algorithm) -> tuple[InputFile, ...]:
-        """Return records of the files that are read beside the models."""
-        if self.guidance is None:
-            return ()
-        path = self.guidance.file.path
-        known = self.guidance.digest if algorithm == "xxh3-128" else None
-        return (input_file(path, algorithm, known=known),)
+        """Return records of the files beside the models: the calibration, a repair's inputs."""
+        records = [input_file(path, algorithm) for path in self._repair_inputs]
+        if self.guidance is not None:
+            known = self.guidance.digest if algorithm == "xxh3-128" else None
+            records.append(input_file(self.guidance.file.path, algorithm, known=known))
+        return tuple(records)
+
+    @property
+    def _repair_inputs(self) -> tuple[Path, ...]:
+        return () if self.recipe.repair is None else input_files(self.recipe.repair.data)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -106,7 +127,8 @@ class Plan:
 
     def resume_key(self) -> str:
         """Return what a partial run must share to be resumed: recipe and unchanged input files."""
-        stats = [file.stat() for model in self.inputs for file in model.files]
+        files = [file for model in self.inputs for file in model.files]
+        stats = [file.stat() for file in (*files, *self._repair_inputs)]
         parts = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
         if self.guidance is not None:
             parts.append(self.guidance.digest)
@@ -148,7 +170,8 @@ class Plan:
                 row = task.spec.numel // max(1, task.spec.shape[0])
                 elements = max(elements, min(row, task.spec.numel))
             largest = max(largest, elements)
-        return largest * 8 * 3 * models * workers + (64 << 20)
+        held = sum(task.spec.numel for task in self.tasks.values()) if self.recipe.repair else 0
+        return largest * 8 * 3 * models * workers + 4 * 4 * held + (64 << 20)
 
     def as_data(self, workers: int) -> dict[str, Any]:
         """Return the plan as plain data: the contract of `mergewell plan --json`."""
@@ -170,6 +193,7 @@ class Plan:
                 }
                 for task in self.tasks.values()
             ],
+            "repair": self.recipe.repair.model_dump(mode="json") if self.recipe.repair else None,
             "warnings": list(self.warnings),
         }
 
@@ -217,6 +241,9 @@ def make_plan(recipe: Recipe) -> Plan:
     if guidance is not None:
         guided = [task.name for task in tasks.values() if task.calibration]
         warnings.append(guidance.described(guided, list(tasks)))
+    if recipe.repair is not None:  # what is missing shows now and not after the merge
+        input_files(recipe.repair.data)
+        module_source(recipe.repair, str(reference.path))
     written = {name: task.spec for name, task in tasks.items()}
     layouts = shard_layouts(reference.shards, written, recipe.shard_bytes)
     return Plan(recipe, base, experts, tasks, layouts, tuple(warnings), guidance)

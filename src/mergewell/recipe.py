@@ -30,13 +30,11 @@ from ruamel.yaml.error import YAMLError, YAMLWarning
 from mergewell.component import explain
 from mergewell.errors import RecipeError
 from mergewell.methods.base import METHODS, MergeMethod
+from mergewell.repair_step import RepairStep
 from mergewell.storage.folder import is_there
 from mergewell.storage.manifest import MANIFEST, Manifest, manifest_at, repair_of
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
-
-RepairKind = Literal["batch_norm", "repair"]
-"""Re-estimated BatchNorm statistics, or REPAIR."""
 
 _DEEPEST = 100
 """Brackets in brackets that are read: the YAML reader's time grows with their square."""
@@ -121,40 +119,6 @@ class Rule(BaseModel):
     """Leave these tensors out of the result."""
 
 
-class RepairStep(BaseModel):
-    """Activation statistics that are mended on a few inputs once the weights are merged."""
-
-    model_config = _FROZEN
-
-    batch_norm: str | None = None
-    """Inputs on which the running statistics of every BatchNorm are measured anew."""
-
-    repair: str | None = None
-    """Inputs for REPAIR, which also scales layers without BatchNorm to the experts' moments."""
-
-    samples: Annotated[int, Field(ge=2)] = 1024
-    """At most this many inputs are used."""
-
-    model_factory: str | None = None
-    """PKG:FUNC or timm:NAME, which makes the module; the model's own folder when absent."""
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if (self.batch_norm is None) == (self.repair is None):
-            raise ValueError("name the inputs under one of batch_norm and repair")
-        return self
-
-    @property
-    def kind(self) -> RepairKind:
-        """What is repaired."""
-        return "repair" if self.batch_norm is None else "batch_norm"
-
-    @property
-    def data(self) -> str:
-        """A file or folder of inputs."""
-        return self.batch_norm or self.repair or ""
-
-
 class Recipe(BaseModel):
     """What to merge and how: the only currency between YAML, flags, Python, learning and search."""
 
@@ -179,6 +143,9 @@ class Recipe(BaseModel):
 
     calibration: str | None = None
     """A file that `mergewell calibrate` made of these models, for methods that are guided by it."""
+
+    repair: RepairStep | None = None
+    """What `merge` mends once the weights are merged; `check` and `calibrate` look before it."""
 
     seed: int = 0
     """Seed of random methods."""
@@ -223,6 +190,8 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """Return a short hash that is the same for equal recipes, defaults written out or not."""
         data = self.model_dump(mode="json", exclude={"notes"})
+        if self.repair is None:
+            del data["repair"]  # recipes that were written before there was such a thing
         for part, choice in [
             (data, self.method),
             *((data["rules"][i], rule.method) for i, rule in enumerate(self.rules)),
@@ -352,6 +321,7 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
             "base": seen(recipe.base) if recipe.base is not None else None,
             "base_layers": seen_layers(recipe.base_layers),
             "calibration": seen(recipe.calibration) if recipe.calibration is not None else None,
+            "repair": recipe.repair.on(seen(recipe.repair.data)) if recipe.repair else None,
             "experts": tuple(
                 expert.model_copy(
                     update={"path": seen(expert.path), "layers": seen_layers(expert.layers)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,13 +20,14 @@ import mergewell
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import ModelError, PlanError, RecipeError, UserError, did_you_mean
 from mergewell.inputs import input_files
-from mergewell.labelled import load_labelled
 from mergewell.models.batch_norm import Repaired, reestimate
 from mergewell.models.dataflow import Batch
-from mergewell.models.loader import ModuleSource, load_state
+from mergewell.models.loader import load_state
 from mergewell.models.repair import repair
-from mergewell.plan import Plan, make_plan
-from mergewell.recipe import RepairKind, RepairStep, recipe_of_manifest
+from mergewell.plan import Mended, Plan, make_plan
+from mergewell.recipe import recipe_of_manifest
+from mergewell.repair_step import RepairKind, RepairStep, step_parts
+from mergewell.run import merge_tensors
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.manifest import (
     MANIFEST,
@@ -97,14 +99,9 @@ def repair_folder(
             {
                 "recipe": {},
                 "repair": {
-                    "kind": kind,
+                    **_told(kind, done, batches, new, _models_of(folder)),
                     "of": str(folder.resolve()),
                     "recipe": _recipe_of(folder),
-                    "samples": sum(_samples(batch) for batch in batches),
-                    "layers": list(done.layers),
-                    "untouched": dict(done.untouched),
-                    "tensors": sorted(new),
-                    "warnings": _warnings(folder, new),
                     "step": None if step is None else _seen_from_anywhere(step),
                 },
                 "inputs": inputs,
@@ -120,6 +117,27 @@ def repair_folder(
                 "seconds": round(time.perf_counter() - began, 3),
             }
         )
+
+
+def mended(plan: Plan) -> Plan:
+    """Return a plan with the tensors that its recipe's repair makes anew; others as they are.
+
+    The merge is made in memory, before the repair, and run on the inputs with one thread.
+
+    Raises:
+        UserError: as `repair_folder`.
+    """
+    step = plan.recipe.repair
+    if step is None or plan.mended is not None:
+        return plan
+    factory, batches = step_parts(step, str(plan.reference.path))
+    with one_thread_a_worker():
+        new, done = repaired_tensors(
+            dict(merge_tensors(plan)), factory, batches, step.kind,
+            endpoints=lambda: (plan.experts, _shares("The recipe", plan)),
+        )  # fmt: skip
+    about = _told(step.kind, done, batches, new, plan.inputs)
+    return replace(plan, mended=Mended(new, about))
 
 
 def repaired_tensors(
@@ -158,34 +176,6 @@ def repaired_tensors(
     return {name: tensor.to(tensors[name].dtype) for name, tensor in new.items()}, done
 
 
-def step_parts(
-    step: RepairStep, folder: str | None
-) -> tuple[Callable[[], nn.Module], tuple[Batch, ...]]:
-    """Return what makes the module, and the inputs in batches; `folder` is the model's own.
-
-    Raises:
-        ModelError: nothing says what the architecture is.
-        DataError: the inputs cannot be read.
-    """
-    source = module_source(step, folder)
-    inputs = load_labelled(step.data, model_folder=folder, limit=step.samples)
-    return source.build, inputs.batches
-
-
-def module_source(step: RepairStep, folder: str | None) -> ModuleSource:
-    """Return where the module of a step comes from.
-
-    Raises:
-        ModelError: nothing says.
-    """
-    if step.model_factory is None and (folder is None or not Path(folder).is_dir()):
-        raise ModelError(
-            f"{folder or 'The model'} is no Hugging Face folder, so a repair needs a model factory "
-            "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
-        )
-    return ModuleSource.parse(step.model_factory or str(folder))
-
-
 def repair_again(manifest: Manifest) -> dict[str, Tensor] | None:
     """Return the tensors that a repaired folder's manifest says were repaired, made again.
 
@@ -219,8 +209,7 @@ def _of_folder(
 
 def _seen_from_anywhere(step: RepairStep) -> dict[str, Any]:
     """Return a step as plain data, with the path of its inputs in full."""
-    full = str(Path(step.data).resolve())
-    return step.model_copy(update={step.kind: full}).model_dump(mode="json")
+    return step.on(str(Path(step.data).resolve())).model_dump(mode="json")
 
 
 def _plan_of(folder: Path) -> Plan:
@@ -231,22 +220,41 @@ def _plan_of(folder: Path) -> Plan:
 
 def _endpoints(folder: Path, plan: Plan) -> tuple[tuple[Checkpoint, ...], list[float]]:
     """Return the experts that a folder was merged from, and their shares."""
+    return plan.experts, _shares(str(folder), plan)
+
+
+def _shares(where: str, plan: Plan) -> list[float]:
+    """Return the experts' shares in a merge, which REPAIR takes for an interpolation."""
     coefficients = [expert.coefficient for expert in plan.recipe.experts]
     if min(coefficients) < 0 or sum(coefficients) <= 0:
         raise RecipeError(
-            f"{folder} was merged with the coefficients {coefficients}, between which nothing can "
-            "be interpolated; re-estimate its BatchNorms (--kind batch_norm) instead."
+            f"{where} has the coefficients {coefficients}, between which nothing can be "
+            "interpolated; re-estimate the BatchNorms (batch_norm) instead."
         )
-    return plan.experts, [coefficient / sum(coefficients) for coefficient in coefficients]
+    return [coefficient / sum(coefficients) for coefficient in coefficients]
 
 
-def _warnings(folder: Path, changed: Iterable[str]) -> list[str]:
-    """Return what speaks against the repair, as far as the folder's inputs can be looked at."""
+def _told(
+    kind: RepairKind,
+    done: Repaired,
+    batches: Sequence[Batch],
+    new: Mapping[str, Tensor],
+    models: Sequence[Checkpoint],
+) -> dict[str, Any]:
+    """Return what a manifest says of a repair; `models` are those that were merged, if known."""
+    return {
+        "kind": kind,
+        "samples": sum(_samples(batch) for batch in batches),
+        "layers": list(done.layers),
+        "untouched": dict(done.untouched),
+        "tensors": sorted(new),
+        "warnings": _warnings(models, new),
+    }
+
+
+def _warnings(models: Sequence[Checkpoint], changed: Iterable[str]) -> list[str]:
+    """Return what speaks against the repair, as far as the merged models show it."""
     names = [name for name in changed if name.endswith("running_mean")]
-    try:
-        models = _plan_of(folder).inputs
-    except UserError:
-        return []  # no manifest, or inputs that are gone: nothing to compare
     if len(models) < 2 or not names:
         return []
     first, *others = models
@@ -256,6 +264,14 @@ def _warnings(folder: Path, changed: Iterable[str]) -> list[str]:
             "these frozen; new ones usually make such models worse: compare before use."
         ]
     return []
+
+
+def _models_of(folder: Path) -> tuple[Checkpoint, ...]:
+    """Return the models that a folder was merged from, as far as they are still there."""
+    try:
+        return _plan_of(folder).inputs
+    except UserError:
+        return ()  # no manifest, or inputs that are gone: nothing to compare
 
 
 def _recipe_of(folder: Path) -> Mapping[str, object] | None:

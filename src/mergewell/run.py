@@ -72,6 +72,8 @@ def run(
         MethodError: a method broke its promise.
         RecipeError: there is no such device here.
     """
+    from mergewell.repair import mended  # which merges in memory, by this module
+
     where = make_device(device) if isinstance(device, str) else device
     began = time.perf_counter()
     engine = make_engine(workers)
@@ -83,6 +85,7 @@ def run(
             algorithm=algorithm,
         ) as writer,
     ):  # fmt: skip
+        plan = mended(plan)
         known = [f for f in writer.recorded_inputs if f.hash.startswith(f"{algorithm}:")]
         hashes = hash_while_reading(plan.inputs, algorithm, known=[Path(f.path) for f in known])
         write_files(
@@ -105,6 +108,7 @@ def run(
                 "inputs": sorted(inputs, key=lambda file: file.path),
                 "tensors": len(plan.tasks),
                 **summary(changes),
+                **({} if plan.mended is None else {"repair": plan.mended.about}),
                 "seed": plan.recipe.seed,
                 "versions": {
                     "mergewell": mergewell.__version__,
@@ -152,7 +156,10 @@ def write_files(
 def merge_tensors(
     plan: Plan, names: Collection[str] | None = None, *, block: int = BLOCK
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, merged tensor) for each task, or for those named: the same merge in memory."""
+    """Yield (name, merged tensor) for each task, or for those named: the same merge in memory.
+
+    A repair that the recipe asks for is not made: `mergewell.repair.mended` makes it of this.
+    """
     engine = make_engine()
     _check_copies(plan)
     with one_thread_a_worker():

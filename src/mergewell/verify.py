@@ -13,7 +13,7 @@ from torch import Tensor
 from mergewell.errors import UserError
 from mergewell.plan import make_plan
 from mergewell.recipe import recipe_of_manifest
-from mergewell.repair import repair_again
+from mergewell.repair import mended, repair_again
 from mergewell.run import merge_tensors
 from mergewell.storage.base import Checkpoint
 from mergewell.storage.checkpoint import open_checkpoint
@@ -124,11 +124,12 @@ def _merged(
     folder: Path, manifest: Manifest, sample: int, seed: int, on_step: OnStep | None
 ) -> Verified:
     """Merge a sample of the tensors again, on the CPU, and compare."""
-    plan = make_plan(recipe_of_manifest(manifest, where=str(folder / MANIFEST)))
+    plan = mended(make_plan(recipe_of_manifest(manifest, where=str(folder / MANIFEST))))
+    new: Mapping[str, Tensor] = plan.mended.tensors if plan.mended is not None else {}
     merged = open_checkpoint(folder)
     if set(merged) != set(plan.tasks):
         return Verified((f"The tensors in {folder} are not those that its recipe gives.",))
-    drawn = _drawn(plan.tasks, sample, seed)
+    drawn = _drawn([name for name in plan.tasks if name not in new], sample, seed)
     far = manifest.device != "cpu"
     counted = _counting(on_step, "tensors", sum(merged.spec(name).nbytes for name in drawn))
     compared = list(_compared(merged, merge_tensors(plan, drawn), 1 if far else 0, counted))
@@ -140,7 +141,9 @@ def _merged(
             f" {count} of {len(compared)} tensors do, and one step of their dtype is allowed.",
             *notes,
         )
-    return Verified(tuple(one.problem for one in compared if one.problem), notes)
+    rounded, beyond = _rounded(merged, new)
+    problems = tuple(one.problem for one in compared if one.problem)
+    return Verified((*problems, *beyond), (*notes, *rounded))
 
 
 def _repaired(

@@ -93,8 +93,8 @@ def repair(
 
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
-    from mergewell.recipe import RepairStep
-    from mergewell.repair import checked_kind, repair_folder, step_parts
+    from mergewell.repair import checked_kind, repair_folder
+    from mergewell.repair_step import RepairStep, step_parts
 
     wanted = checked_kind(kind)
     if out is None:

@@ -22,7 +22,7 @@ from mergewell.plan import Plan, make_plan
 from mergewell.recipe import read_recipe
 from mergewell.report.numbers import counted
 from mergewell.run import run as run_plan
-from mergewell.storage.manifest import Algorithm, Manifest, changed_inputs, manifest_at
+from mergewell.storage.manifest import Algorithm, Manifest, changed_inputs, manifest_at, repair_of
 from mergewell.storage.staging import Staging
 
 ENGINES = ("threads", "ray")
@@ -126,12 +126,20 @@ def merge(
             )  # fmt: skip
     for warning in _not_the_same(before, manifest) if before is not None else ():
         print(f"warning: {warning}", file=sys.stderr)
+    repaired = repair_of(manifest)
+    for warning in repaired.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
         return
+    mended = (
+        f"; {counted(len(repaired['layers']), 'layer')} repaired on {repaired['samples']} samples"
+        if repaired
+        else ""
+    )
     print(
         f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
-        f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s."
+        f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s{mended}."
     )
 
 
@@ -186,6 +194,10 @@ def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
         f"up to {_bytes(planned.peak_bytes(count))} with {count} workers · about "
         f"{(planned.read_bytes + planned.write_bytes) / 1e9:.1f} s at 1 GB/s"
     )
+    step = planned.recipe.repair
+    if step is not None:
+        what = "BatchNorms are re-estimated" if step.kind == "batch_norm" else "REPAIR is run"
+        print(f"then {what} on at most {step.samples} inputs of {step.data}")
     for warning in planned.warnings:
         print(f"warning: {warning}")
 

@@ -14,6 +14,7 @@ from mergewell.errors import DataError
 from mergewell.models.loader import load_state
 from mergewell.plan import make_plan
 from mergewell.recipe import Recipe
+from mergewell.repair import mended
 from mergewell.run import merge_tensors
 
 Metric = Callable[[nn.Module], float]
@@ -99,5 +100,5 @@ def judged(recipe: Recipe, material: Material, metric: Metric) -> float:
         UserError: as `make_plan`, `merge_tensors` and `load_state`.
     """
     module = material.factory()
-    load_state(module, dict(merge_tensors(make_plan(recipe))))
+    load_state(module, dict(merge_tensors(mended(make_plan(recipe)))))
     return metric(module)
