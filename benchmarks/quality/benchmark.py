@@ -29,6 +29,9 @@ VALIDATION = 200
 CALIBRATION = 16
 """Unlabelled training inputs a task."""
 
+HALF = CALIBRATION // 2
+"""A method that uses inputs is made from half of them where the others are to choose by."""
+
 Scores = dict[str, NDArray[np.float64]]
 """By task and example: right or wrong, or the mean log-probability of a text's tokens."""
 
@@ -58,7 +61,8 @@ class Benchmark:
     validation: Mapping[str, Part]
     test: Mapping[str, Part]
     inputs: Mapping[str, Part]
-    """`CALIBRATION` unlabelled training inputs a task; their labels are not looked at."""
+    """`CALIBRATION` unlabelled training inputs a task, in batches of `HALF` at most; their labels
+    are not looked at."""
     rules: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     """What no expert trained stays the base's."""
     precision: Precision = "bfloat16"
@@ -124,16 +128,19 @@ class Judge:
                 for logits in zip(*experts, strict=True)
             ]
 
-    def without_labels(self) -> dict[str, float]:
+    def without_labels(self, *, held_out: bool) -> dict[str, float]:
         """Return how far the module is from the experts on the unlabelled inputs.
 
         kl_routed: mean over tasks of KL(the task's own expert || module) in nats; kl_uniform: of
         KL(the experts' uniform logit ensemble || module); agreement: with the own expert's answers.
+        With `held_out` only on the second half, for merges made from the first.
         """
         found: dict[str, list[float]] = {"kl_routed": [], "kl_uniform": [], "agreement": []}
         for task, part in self.of.inputs.items():
+            start = len(part.batches) // 2 if held_out else 0
+            some = Part(part.batches[start:], part.labels[start:])
             routed, uniform, agreed = [], [], []
-            for number, logits in enumerate(self.outputs(task, part)):
+            for number, logits in enumerate(self.outputs(task, some), start):
                 logs = logits.log_softmax(-1)
                 own = self._routed[task][number]
                 routed.append(kl_divergence(own, logs).flatten())

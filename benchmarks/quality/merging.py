@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import CALIBRATION, Benchmark
+from benchmark import Benchmark
 from spaces import Candidate
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from mergewell.calibration.file import write_calibration
 from mergewell.descent.tasks import LearningTask
 from mergewell.learners.base import LEARNERS, Learner, Material
 from mergewell.methods.base import METHODS
-from mergewell.models.dataflow import Batch
+from mergewell.models.dataflow import Batch, tensors
 from mergewell.plan import make_plan
 from mergewell.recipe import Recipe, make_recipe
 from mergewell.run import merge_tensors
@@ -42,7 +42,7 @@ class Merges:
         self.of, self._folder, self._metric = benchmark, folder, metric
         with open_checkpoint(benchmark.base) as base:
             self.base = {name: base[name].float().clone() for name in base}
-        self._known: tuple[str, State] = ("", {})
+        self._known: dict[bool, tuple[str, State]] = {}
 
     def expert(self, task: str) -> State:
         """Return an expert's weights."""
@@ -50,32 +50,42 @@ class Merges:
             expert = open_checkpoint(self.of.experts[task], base=base)
             return {name: expert[name].float() for name in expert}
 
-    def merged(self, method: str, candidate: Candidate) -> State:
+    def merged(self, method: str, candidate: Candidate, *, half: bool = False) -> State:
         """Return the merged weights: base + scale * (merge - base), in float32.
+
+        With `half` from the first half of the unlabelled inputs only.
 
         Raises:
             UserError: whatever is wrong with the method here.
         """
         key = json.dumps([method, dict(candidate.parameters)], sort_keys=True)
-        if self._known[0] != key:
-            self._known = ("", {})  # not both in memory
-            recipe = self.recipe(method, candidate.parameters)
-            made = merge_tensors(make_plan(recipe))
-            self._known = (key, {name: tensor.float() for name, tensor in made})
-        state = self._known[1]
+        known = self._known.pop(half, None)  # so that not both are in memory
+        if known is None or known[0] != key:
+            known = None
+            made = merge_tensors(make_plan(self.recipe(method, candidate.parameters, half=half)))
+            known = (key, {name: tensor.float() for name, tensor in made})
+        self._known[half] = known
         if candidate.scale == 1.0:
-            return state
+            return known[1]
         return {
             name: torch.lerp(self.base[name], tensor, candidate.scale)
             if tensor.is_floating_point()
             else tensor
-            for name, tensor in state.items()
+            for name, tensor in known[1].items()
         }
 
-    def recipe(self, method: str, parameters: Mapping[str, Any]) -> Recipe:
+    def uses_inputs(self, method: str, parameters: Mapping[str, Any]) -> bool:
+        """Return whether a method or learner is made from the unlabelled inputs."""
+        if method in METHODS.names():
+            return bool(METHODS.build(method, parameters).needs.calibration)
+        return LEARNERS.get(method).data == "unlabelled"
+
+    def recipe(self, method: str, parameters: Mapping[str, Any], *, half: bool = False) -> Recipe:
         """Return the recipe of a method, or the one that a learner ends with."""
         if method not in METHODS.names():
-            return self._learned(LEARNERS.build(method, parameters))
+            learner = LEARNERS.build(method, parameters)
+            material = self._material(learner, half=half)
+            return learner.learn(self.recipe("average", {}), material).recipe
         data: dict[str, Any] = {
             "base": str(self.of.base),
             "experts": [{"path": str(path)} for path in self.of.experts.values()],
@@ -83,17 +93,13 @@ class Merges:
             "rules": list(self.of.rules),
             "seed": self.of.seed,
         }
-        if METHODS.build(method, parameters).needs.calibration:
-            data["calibration"] = str(self._calibration())
+        if families := METHODS.build(method, parameters).needs.calibration:
+            data["calibration"] = str(self._calibration(families, half=half))
         return make_recipe(data)
 
-    def _learned(self, learner: Learner) -> Recipe:
-        material = self._material(learner)
-        return learner.learn(self.recipe("average", {}), material).recipe
-
-    def _material(self, learner: Learner) -> Any:
+    def _material(self, learner: Learner, *, half: bool) -> Any:
         """Return what a learner may use: its kind of material says what that is."""
-        batches, owners = self.inputs()
+        batches, owners = self.inputs(half=half)
         tasks = [
             LearningTask(number, [b for b, o in zip(batches, owners, strict=True) if o == number],
                          head=partial(self.of.logits, task))
@@ -107,28 +113,41 @@ class Merges:
         known = {field.name for field in fields(kind)}
         return kind(**{name: value for name, value in offered.items() if name in known})
 
-    def inputs(self) -> tuple[Sequence[Batch], Sequence[int]]:
-        """Return the unlabelled inputs in float32, a batch or more a task, and whose they are."""
+    def inputs(self, *, half: bool) -> tuple[Sequence[Batch], Sequence[int]]:
+        """Return the unlabelled inputs in float32, two batches or more a task, and whose each is.
+
+        With `half` the first half of them.
+        """
         batches: list[Batch] = []
         owners: list[int] = []
         for number, part in enumerate(self.of.inputs.values()):
-            for batch in part.batches:
+            for batch in part.batches[: len(part.batches) // 2] if half else part.batches:
                 batches.append(batch.float() if isinstance(batch, Tensor) else batch)
                 owners.append(number)
         return batches, owners
 
-    def _calibration(self) -> Path:
-        """Return the calibration, made on first use from the unlabelled inputs."""
-        path = self._folder / f"{self.of.name}.{self.of.seed}.calibration.safetensors"
+    def _calibration(self, families: Sequence[str], *, half: bool) -> Path:
+        """Return the calibration with these families, made on first use of the unlabelled inputs.
+
+        Fisher information is that of the features where the head stands outside the module.
+        """
+        name = f"{self.of.name}.{self.of.seed}.{'-'.join(sorted(families))}{'.half' * half}"
+        path = self._folder / "calibrations" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            batches, owners = self.inputs()
+            batches, owners = self.inputs(half=half)
+            likelihood = "classes" if self.of.metric == "perplexity" else "features"
             data = Data(
-                self.of.factory, batches, CALIBRATION * len(self.of.experts), gram=True,
-                owners=owners,
+                self.of.factory, batches, sum(map(samples_in, batches)), owners=owners,
+                gram="gram" in families, fisher=likelihood if "fisher" in families else None,
             )  # fmt: skip
             write_calibration(path, calibrate(make_plan(self.recipe("average", {})), data))
         return path
+
+
+def samples_in(batch: Batch) -> int:
+    """Return the number of samples in a batch."""
+    return len(tensors(batch)[0])
 
 
 def material_of(learner: Learner) -> type[Material]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import on_text
 import torch
-from benchmark import CALIBRATION, KEEP, Benchmark, Part, cut
+from benchmark import CALIBRATION, HALF, KEEP, Benchmark, Part, cut
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,7 +36,7 @@ LENGTH, SHORT = 64, 32
 """Tokens of a piece; of an unlabelled one, whose answers of all experts are held in memory."""
 PIECES = 400
 """Pieces of a domain's test set that are used, from the front."""
-BATCH, STEPS = 8, 80
+BATCH, STEPS = HALF, 80
 
 
 def benchmark(data: Path, cache_folder: Path, seed: int) -> Benchmark:
@@ -117,6 +117,7 @@ def base_folder(cache_folder: Path) -> Path:
     held = {n: t.contiguous() for n, t in module.state_dict().items() if n != "lm_head.weight"}
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     del module.config.quantization_config
+    module.config.architectures = ["LlamaForCausalLM"]
     module.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark import CALIBRATION, KEEP, Benchmark, Part, cut
+from benchmark import CALIBRATION, HALF, KEEP, Benchmark, Part, cut
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,7 +60,13 @@ def benchmark(data: Path, cache_folder: Path, seed: int) -> Benchmark:
         for part, source, picked in zip(
             parts, (tests, tests, trains), (*cuts, inputs), strict=True
         ):
-            part[task] = examples([source[i] for i in picked])
+            some = [source[i] for i in picked]
+            halves = (some[:HALF], some[HALF:]) if part is parts[2] else (some,)
+            found = [examples(half) for half in halves]
+            part[task] = Part(
+                [batch for half in found for batch in half.batches],
+                [labels for half in found for labels in half.labels],
+            )
     return Benchmark(
         name="text", title="MiniLM, 8 text tasks", metric="accuracy", seed=seed,
         base=text.base_checkpoint_path(),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import CALIBRATION, KEEP, Benchmark, Part, cut
+from benchmark import CALIBRATION, HALF, KEEP, Benchmark, Part, cut
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,9 +46,10 @@ def benchmark(data: Path, cache_folder: Path, seed: int) -> Benchmark:
         ):
             x = vision.prepare(images(array, split, picked)).bfloat16()
             labels = torch.from_numpy(array[f"y_{split}"][picked].astype(np.int64))
+            size = vision.BATCH if split == "test" else HALF
             part[task] = Part(
-                [b.contiguous(memory_format=torch.channels_last) for b in x.split(vision.BATCH)],
-                labels.split(vision.BATCH),
+                [b.contiguous(memory_format=torch.channels_last) for b in x.split(size)],
+                labels.split(size),
             )
     return Benchmark(
         name="vision", title="EfficientNet-Lite0, 8 image tasks", metric="accuracy", seed=seed,

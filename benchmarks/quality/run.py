@@ -105,9 +105,16 @@ class Bench:
             return {"error": "the merge's outputs are not finite"}
         return {
             "score": mean(scores), "validation": shown(self.of.metric, mean(scores)),
-            **self.judge.without_labels(),
+            **self._without_labels(name, candidate),
             "merge_s": merging, "cpu_s": time.process_time() - began,
         }  # fmt: skip
+
+    def _without_labels(self, name: str, candidate: Candidate) -> dict[str, float]:
+        """Return the measures that choose without labels, never on inputs the merge was made of."""
+        if not self.merges.uses_inputs(name, candidate.parameters):
+            return self.judge.without_labels(held_out=False)
+        self._load(self.merges.merged(name, candidate, half=True))
+        return self.judge.without_labels(held_out=True)
 
     def _tested(self, name: str, candidate: Candidate, *, keep: bool) -> Row:
         began = time.process_time()

@@ -60,7 +60,8 @@ def methods(book: Book) -> list[Method]:
     found: list[Method] = []
     for name in {row["method"]: None for row in book.rows.values() if row["kind"] == "test"}:
         tried = [r for r in book.rows.values() if r["kind"] == "candidate" and r["method"] == name]
-        lines = {tuning: line(book, name, tuning) for tuning in TUNINGS}
+        tunings = TUNINGS[:1] if data_of(name) == "labelled" else TUNINGS
+        lines = {tuning: line(book, name, tuning) for tuning in tunings}
         seconds = [row["merge_s"] for row in tried if "error" not in row]
         known = {tuning: one for tuning, one in lines.items() if one is not None}
         if known:

@@ -123,10 +123,39 @@ def test_scale_is_a_factor_on_the_merged_task_vector(quality: Mapping[str, Any],
 def test_the_own_expert_differs_from_itself_by_nothing(quality: Mapping[str, Any], bench) -> None:
     bench.judge.of.inputs.pop("right")
     bench._load(bench.merges.expert("left"))
-    found = bench.judge.without_labels()
+    found = bench.judge.without_labels(held_out=False)
     assert found["kl_routed"] == pytest.approx(0.0, abs=1e-7)
     assert found["agreement"] == 1.0
     assert found["kl_uniform"] > 1e-4
+
+
+def test_inputs_that_made_a_merge_do_not_choose_it(
+    quality: Mapping[str, Any], bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [batch for part in bench.of.inputs.values() for batch in part.batches]
+    first, owners = bench.merges.inputs(half=True)
+    assert [batch.tolist() for batch in first] == [every[0].tolist(), every[2].tolist()]
+    assert list(owners) == [0, 1]
+    asked: list[tuple[str, bool]] = []
+    candidate = quality["spaces"].Candidate({"steps": 1}, 1.0)
+    merged = bench.merges.merged
+    monkeypatch.setattr(
+        bench.merges,
+        "merged",
+        lambda name, one, half=False: (asked.append((name, half)), merged(name, one, half=half))[1],
+    )
+    judged = bench.judge.without_labels
+    monkeypatch.setattr(
+        bench.judge,
+        "without_labels",
+        lambda held_out: (asked.append(("judged", held_out)), judged(held_out=held_out))[1],
+    )
+    bench._tried("adamerging", candidate)
+    bench._tried("average", quality["spaces"].Candidate({}, 1.0))
+    assert asked == [
+        ("adamerging", False), ("adamerging", True), ("judged", True),
+        ("average", False), ("judged", False),
+    ]  # fmt: skip
 
 
 def test_a_run_writes_its_rows_once(quality: Mapping[str, Any], bench) -> None:
