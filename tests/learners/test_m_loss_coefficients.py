@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergewell.errors import DataError
 from mergewell.learners.base import Material
-from mergewell.learners.m_loss_coefficients import MLossCoefficients, UnlabelledMaterial
+from mergewell.learners.m_loss_coefficients import MLossCoefficients
 from mergewell.learners.ops import entropy, kept_apart, layer_fits
 from mergewell.plan import make_plan
 from mergewell.recipe import Recipe, make_recipe
@@ -50,7 +50,7 @@ def test_entropy_and_the_floor() -> None:
 
 def test_a_routed_reference_of_one_expert_finds_it_and_the_floor_holds(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    material = UnlabelledMaterial(net, batches=batches(), owners=[1, 1, 1])
+    material = Material(net, batches=batches(), owners=[1, 1, 1])
     free = MLossCoefficients(reference="routed", least_entropy=0.0, steps=300).learn(
         recipe, material
     )
@@ -68,7 +68,7 @@ def test_a_routed_reference_of_one_expert_finds_it_and_the_floor_holds(tmp_path:
 
 def test_the_gap_falls_and_the_recipe_carries_the_coefficients_out(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    learned = MLossCoefficients().learn(recipe, UnlabelledMaterial(net, batches=batches()))
+    learned = MLossCoefficients().learn(recipe, Material(net, batches=batches()))
     assert learned.score > learned.trials[0].score
     plan = make_plan(learned.recipe)
     assert plan.tasks["0.weight"].coefficients == learned.recipe.rules[0].coefficients
@@ -108,7 +108,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     with pytest.raises(DataError, match="learns from unlabelled inputs"):
         MLossCoefficients().learn(recipe, Material(net))
-    with pytest.raises(DataError, match="needs an expert's number for each batch"):
+    with pytest.raises(DataError, match="needs to know each batch's own expert"):
         MLossCoefficients(reference="routed").learn(
-            recipe, UnlabelledMaterial(net, batches=batches(), owners=[0, 3, 1])
+            recipe, Material(net, batches=batches(), owners=[0, 3, 1])
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergewell.cli.explain import (
     Base,
-    Data,
     Experts,
     Factory,
     Json,
@@ -19,12 +18,25 @@ from mergewell.cli.explain import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mergewell.learners.base import Material
+    from mergewell.models.loader import ModuleSource
+    from mergewell.plan import Plan
+
 
 def learn(
     name: Annotated[str, typer.Argument(help="A learner, such as greedy_soup.")],
     base: Base = None,
     expert: Experts = None,
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Inputs, with `labels` for some learners; once, or once an expert, of its task.",
+        ),
+    ] = None,
     model_factory: Factory = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the learner.")
@@ -37,25 +49,20 @@ def learn(
 ) -> None:
     """Learn a recipe from data; print it, or write it to a file."""
     import sys
-    from functools import partial
 
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
     from mergewell.flags import from_settings
-    from mergewell.labelled import accuracy, load_labelled
-    from mergewell.learners.base import LEARNERS, Material
+    from mergewell.learners.base import LEARNERS
 
     learner = from_settings(LEARNERS, name, set_ or [])
     planned, source = opened(base, expert or [], model_factory)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
-    inputs = load_labelled(needed_data(data), model_folder=planned.recipe.base, limit=samples)
-    metric = None if inputs.labels is None else partial(accuracy, data=inputs)
+    material, used = _material(planned, source, data or [], samples)
     with steps() as shown, one_thread_a_worker():
-        learned = learner.learn(
-            planned.recipe, Material(source.build, metric), on_step=shown.update
-        )
+        learned = learner.learn(planned.recipe, material, on_step=shown.update)
     text = learned.recipe.to_yaml()
     if out is not None:
         from mergewell.report.results import write_text
@@ -75,7 +82,7 @@ def learn(
                 "version": 1,
                 "learner": name,
                 "score": learned.score,
-                "samples": inputs.samples,
+                "samples": used,
                 "trials": trials,
                 "recipe": learned.recipe.as_data(),
             }
@@ -84,3 +91,53 @@ def learn(
     for note in learned.recipe.notes:
         print(note, file=sys.stderr)
     print(text if out is None else f"{out}: the recipe; merge it with `mergewell merge {out}`.")
+
+
+def _material(
+    planned: Plan, source: ModuleSource, paths: Sequence[str], samples: int
+) -> tuple[Material, int]:
+    """Return what a learner may use, and how many samples that is.
+
+    Of several paths, one an expert, each holds inputs of that expert's task, and an equal part of
+    the samples comes from each.
+
+    Raises:
+        DataError: the inputs cannot be read, or are neither one path nor one an expert.
+    """
+    from functools import partial
+
+    import torch
+
+    from mergewell.errors import DataError
+    from mergewell.labelled import LabelledInputs, accuracy, load_labelled
+    from mergewell.learners.base import Material
+
+    count = len(planned.experts)
+    if len(paths) not in (1, count):
+        needed_data(paths[0] if paths else None)
+        raise DataError(
+            f"{len(paths)} paths of data are named for {count} experts; name one, or one for each "
+            "expert, in their order."
+        )
+    if samples < 2 * len(paths):
+        raise DataError(f"{samples} samples are too few for {count} experts; ask for more.")
+    read = [
+        load_labelled(
+            path,
+            model_folder=planned.recipe.base,
+            limit=len(range(number, samples, len(paths))),
+        )
+        for number, path in enumerate(paths)
+    ]
+    labels = [each.labels for each in read if each.labels is not None]
+    inputs = LabelledInputs(
+        tuple(batch for each in read for batch in each.batches),
+        torch.cat(labels) if len(labels) == len(read) else None,
+    )
+    owners = [number for number, each in enumerate(read) for _ in each.batches]
+    return Material(
+        source.build,
+        None if inputs.labels is None else partial(accuracy, data=inputs),
+        inputs.batches,
+        owners if len(paths) > 1 else (),
+    ), inputs.samples

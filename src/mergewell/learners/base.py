@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from mergewell.component import Component, Family
 from mergewell.errors import DataError
+from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.plan import make_plan
 from mergewell.recipe import Recipe
@@ -33,6 +34,12 @@ class Material:
 
     metric: Metric | None = None
     """On held-out samples, which should not be those that the result is judged on."""
+
+    batches: Sequence[Batch] = ()
+    """Inputs; learners that need no labels take these."""
+
+    owners: Sequence[int] = ()
+    """Which expert, from 0, each batch is of, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)

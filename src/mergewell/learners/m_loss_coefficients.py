@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,20 +16,10 @@ from mergewell.errors import DataError, ModelError
 from mergewell.guidance import parameter_name
 from mergewell.learners.base import Learned, Learner, Material, OnStep, Trial
 from mergewell.learners.ops import entropy, layer_fits
-from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import MethodChoice, Recipe, Rule
 from mergewell.run import merge_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class UnlabelledMaterial(Material):
-    """A learner's material with unlabelled inputs."""
-
-    batches: Sequence[Batch] = ()
-    owners: Sequence[int] = ()
-    """For reference "routed": which expert, from 0, each batch is for."""
 
 
 class MLossCoefficients(Learner):
@@ -64,13 +53,14 @@ class MLossCoefficients(Learner):
         self, recipe: Recipe, material: Material, *, on_step: OnStep | None = None
     ) -> Learned:
         """Return the recipe with a rule for each layer: an average with its coefficients."""
-        if not isinstance(material, UnlabelledMaterial) or not material.batches:
+        if not material.batches:
             raise DataError("m_loss_coefficients learns from unlabelled inputs; give some.")
         count, owners = len(recipe.experts), material.owners
         routed = self.reference == "routed"
         if routed and (len(owners) != len(material.batches) or not {*owners} <= {*range(count)}):
             raise DataError(
-                "The routed reference needs an expert's number for each batch; give it."
+                "The routed reference needs to know each batch's own expert; give inputs for each "
+                "expert by itself."
             )
         plan = make_plan(recipe)
         merged = material.factory()
