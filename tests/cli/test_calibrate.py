@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import cnn, randomised
+from architectures import cnn, images, randomised
 from safetensors.torch import save_file
 
+from mergewell.calibration.file import read_calibration
 from mergewell.cli.main import main
 
 
@@ -84,3 +85,44 @@ def test_what_is_wrong_is_one_sentence(
     one = [*given[:4], "--calibration", out[1]]
     refused(capsys, ["check", *one], "of 2 experts and 1 are named")
     refused(capsys, ["check", *given, *data, "--calibration", out[1]], "exclude each other")
+
+
+def test_data_of_each_expert_s_task_and_what_methods_want_of_them(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        torch.manual_seed(number)
+        save_file({"x": images(20)}, tmp_path / f"task{number}.safetensors")
+    data = [flag for n in (0, 1) for flag in ("--data", str(tmp_path / f"task{n}.safetensors"))]
+    limit = ["--samples", "27"]
+    both, forward = str(tmp_path / "both.safetensors"), str(tmp_path / "forward.safetensors")
+    more = ["--gram", "--fisher", "classes"]
+    assert main(["calibrate", *given, *data, *limit, *more, "--out", both]) == 0
+    head = read_calibration(both).head
+    # 14 and 13 samples, at most 16 a batch
+    assert (head.samples, head.batches, head.owners) == (27, 2, (0, 1))
+    assert head.fisher == "classes" and head.grams["head"] == 1 and not head.forward
+    one = read_calibration(both).value("gram", "head/expert 2")
+    assert float(one["count"]) == 13
+    plus = ["--method", "regmean_plus_plus", "--set", "alpha=0.5"]
+    assert main(["calibrate", *given, *data, *limit, *plus, "--out", forward]) == 0
+    head = read_calibration(forward).head
+    assert head.forward.startswith("regmean_plus_plus") and '"alpha": 0.5' in head.forward
+    flags = given[:-2]
+    base, experts = flags[1], [flags[i + 1] for i, f in enumerate(flags) if f == "--expert"]
+    for method, file in [("regmean", both), ("fisher", both), ("regmean_plus_plus", forward)]:
+        recipe = tmp_path / f"{method}.yaml"
+        listed = ", ".join(f"{{path: {path}}}" for path in experts)
+        recipe.write_text(
+            f"base: {base}\nexperts: [{listed}]\nmethod: {{name: {method}}}\ncalibration: {file}\n"
+        )
+        assert main(["merge", str(recipe), "--out", str(tmp_path / method)]) == 0
+    capsys.readouterr()
+    shard = ["--shard", "0/2", "--out", str(tmp_path / "no")]
+    refused(capsys, ["calibrate", *given, *data, *plus, *shard], "calibrated in one go")
+    three = [*data, *data[:2], "--out", str(tmp_path / "no")]
+    refused(capsys, ["calibrate", *given, *three], "3 paths of data are named for 2 experts")
+    few = [*data, "--samples", "1", "--out", str(tmp_path / "no")]
+    refused(capsys, ["calibrate", *given, *few], "1 samples are too few for 2 experts")
+    kind = [*data, "--fisher", "class", "--out", str(tmp_path / "no")]
+    refused(capsys, ["calibrate", *given, *kind], "did you mean 'classes'")
