@@ -147,7 +147,7 @@ def divided(right: Tensor, whole: Tensor, *, cutoff: float = 1 / CONDITION) -> T
 
     By Cholesky after scaling to a diagonal of ones. Where that fails, or the factor's diagonal
     shows a condition number above `CONDITION`, and wherever `cutoff` is more than 1 / `CONDITION`,
-    by eigenvalues, in some 30 times the time: directions below `cutoff` of the largest give 0
+    by eigenvalues, in three to four times the time: directions below `cutoff` of the largest give 0
     (pseudo-inverse). Inputs that are always 0 give 0.
 
     right: [G, O, I]; whole: [G, I, I]; result: [G, O, I].
