@@ -35,6 +35,14 @@ class LabelledInputs:
         """N."""
         return sum(_samples(batch) for batch in self.batches)
 
+    @property
+    def labels_by_batch(self) -> tuple[Tensor, ...]:
+        """The labels of each batch, or nothing where they are not known."""
+        if self.labels is None:
+            return ()
+        sizes = [_samples(batch) for batch in self.batches]
+        return torch.split(self.labels, sizes)  # pyright: ignore[reportUnknownVariableType]
+
 
 def load_labelled(
     path: str | Path,
@@ -93,6 +101,15 @@ def halves(data: LabelledInputs) -> tuple[LabelledInputs, LabelledInputs]:
         labels = None if data.labels is None else data.labels[start::2]
         found.append(cut(part, labels, size))
     return found[0], found[1]
+
+
+def joined_labelled(parts: Sequence[LabelledInputs]) -> LabelledInputs:
+    """Return the batches of several as one's; labelled if all of them are."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    return LabelledInputs(
+        tuple(batch for part in parts for batch in part.batches),
+        torch.cat(labels) if len(labels) == len(parts) else None,
+    )
 
 
 def joined_inputs(parts: Sequence[Batch]) -> Batch:

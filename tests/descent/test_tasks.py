@@ -85,6 +85,7 @@ def test_padding_is_left_out_of_logits_and_labels(tmp_path: Path) -> None:
         ([LearningTask(0, [])], "no inputs"),
         ([LearningTask(5, [torch.zeros(1, 4)])], "there are 2"),
         ([LearningTask(0, [torch.zeros(1, 4)])], "labels for 0 of 1"),
+        ([LearningTask(None, [torch.zeros(1, 4)])], "labels for 0 of 1"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(
@@ -92,3 +93,8 @@ def test_what_cannot_be_learned_from_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=match):
         targets("labels", tasks, planned(tmp_path), factory)
+
+
+def test_an_expert_s_answers_need_to_know_whose_the_inputs_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not whose the inputs are"):
+        targets("expert", [LearningTask(None, [torch.zeros(1, 4)])], planned(tmp_path), factory)

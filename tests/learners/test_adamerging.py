@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import factory, tiny_family
 
-from mergewell.descent.learner import TaskMaterial
 from mergewell.descent.tasks import LearningTask
 from mergewell.errors import DataError
 from mergewell.learners.adamerging import AdaMerging
@@ -22,13 +21,13 @@ def recipe_of(folder: Path, count: int) -> Recipe:
     return make_recipe({"base": str(base), "experts": [{"path": str(path)} for path in experts]})
 
 
-def material(count: int) -> TaskMaterial:
+def material(count: int) -> Material:
     generator = torch.Generator().manual_seed(3)
     tasks = [
         LearningTask(k, [torch.randn(16, 4, generator=generator) for _ in range(2)])
         for k in range(count)
     ]
-    return TaskMaterial(factory, tasks=tuple(tasks))
+    return Material(factory, tasks=tasks)
 
 
 def test_adamerging_lowers_the_entropy_and_writes_a_rule_a_tensor(tmp_path: Path) -> None:

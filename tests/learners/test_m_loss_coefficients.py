@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mergewell.descent.tasks import LearningTask
 from mergewell.errors import DataError
 from mergewell.learners.base import Material
 from mergewell.learners.m_loss_coefficients import MLossCoefficients
@@ -50,7 +51,7 @@ def test_entropy_and_the_floor() -> None:
 
 def test_a_routed_reference_of_one_expert_finds_it_and_the_floor_holds(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    material = Material(net, batches=batches(), owners=[1, 1, 1])
+    material = Material(net, tasks=[LearningTask(1, batches())])
     free = MLossCoefficients(reference="routed", least_entropy=0.0, steps=300).learn(
         recipe, material
     )
@@ -68,7 +69,9 @@ def test_a_routed_reference_of_one_expert_finds_it_and_the_floor_holds(tmp_path:
 
 def test_the_gap_falls_and_the_recipe_carries_the_coefficients_out(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    learned = MLossCoefficients().learn(recipe, Material(net, batches=batches()))
+    learned = MLossCoefficients().learn(
+        recipe, Material(net, tasks=[LearningTask(None, batches())])
+    )
     assert learned.score > learned.trials[0].score
     plan = make_plan(learned.recipe)
     assert plan.tasks["0.weight"].coefficients == learned.recipe.rules[0].coefficients
@@ -110,5 +113,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         MLossCoefficients().learn(recipe, Material(net))
     with pytest.raises(DataError, match="needs to know each batch's own expert"):
         MLossCoefficients(reference="routed").learn(
-            recipe, Material(net, batches=batches(), owners=[0, 3, 1])
+            recipe,
+            Material(
+                net, tasks=[LearningTask(k, [x]) for k, x in zip((0, 3, 1), batches(), strict=True)]
+            ),
         )

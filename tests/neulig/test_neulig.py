@@ -10,7 +10,6 @@ from families import factory, tiny_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergewell.descent.learner import TaskMaterial
 from mergewell.descent.tasks import LearningTask
 from mergewell.errors import DataError
 from mergewell.learners.base import Material
@@ -184,7 +183,7 @@ def test_portland_learns_which_expert_knows(tmp_path: Path) -> None:
 def test_the_learner_returns_one_convex_average(tmp_path: Path, mode: str) -> None:
     recipe = family(tmp_path, 2)
     tasks = tuple(LearningTask(0, [x]) for x in inputs(32, 32))  # only the first expert is asked
-    material = TaskMaterial(factory, tasks=tasks)
+    material = Material(factory, tasks=tasks)
     learner = NeuLig.model_validate({"mode": mode, "epochs": 100, "penalty": "none"})
     learned = learner.learn(recipe, material)
     shares = [expert.coefficient for expert in learned.recipe.experts]
@@ -198,6 +197,6 @@ def test_what_it_needs_is_said(tmp_path: Path) -> None:
     recipe = family(tmp_path, 2)
     with pytest.raises(DataError, match="inputs of each"):
         NeuLig().learn(recipe, Material(factory))
-    unlabelled = TaskMaterial(factory, tasks=(LearningTask(0, inputs(4)),))
+    unlabelled = Material(factory, tasks=(LearningTask(0, inputs(4)),))
     with pytest.raises(DataError, match="labels of every task"):
         NeuLig(aim="labels").learn(recipe, unlabelled)

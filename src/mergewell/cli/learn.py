@@ -106,10 +106,9 @@ def _material(
     """
     from functools import partial
 
-    import torch
-
+    from mergewell.descent.tasks import LearningTask
     from mergewell.errors import DataError
-    from mergewell.labelled import LabelledInputs, accuracy, load_labelled
+    from mergewell.labelled import accuracy, joined_labelled, load_labelled
     from mergewell.learners.base import Material
 
     count = len(planned.experts)
@@ -129,15 +128,10 @@ def _material(
         )
         for number, path in enumerate(paths)
     ]
-    labels = [each.labels for each in read if each.labels is not None]
-    inputs = LabelledInputs(
-        tuple(batch for each in read for batch in each.batches),
-        torch.cat(labels) if len(labels) == len(read) else None,
-    )
-    owners = [number for number, each in enumerate(read) for _ in each.batches]
-    return Material(
-        source.build,
-        None if inputs.labels is None else partial(accuracy, data=inputs),
-        inputs.batches,
-        owners if len(paths) > 1 else (),
-    ), inputs.samples
+    tasks = [
+        LearningTask(number if len(paths) > 1 else None, each.batches, each.labels_by_batch)
+        for number, each in enumerate(read)
+    ]
+    whole = joined_labelled(read)
+    metric = None if whole.labels is None else partial(accuracy, data=whole)
+    return Material(source.build, metric, tasks), whole.samples

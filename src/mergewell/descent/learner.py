@@ -6,24 +6,16 @@ A member says what is learned from (`aim`), its own defaults, and how it goes do
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from mergewell.descent.merge import LearnedMerge, Per
 from mergewell.descent.steps import Descent, descend
-from mergewell.descent.tasks import Aim, LearningTask, targets
+from mergewell.descent.tasks import Aim, targets
 from mergewell.errors import DataError
 from mergewell.learners.base import Learned, Learner, Material, OnStep, Trial
 from mergewell.recipe import MethodChoice, Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class TaskMaterial(Material):
-    """A learner's material with inputs of each expert's task."""
-
-    tasks: tuple[LearningTask, ...] = ()
 
 
 class CoefficientLearner(Learner):
@@ -56,7 +48,7 @@ class CoefficientLearner(Learner):
     ) -> Learned:
         """Return the recipe with learned coefficients, and a note of the loss before and after."""
         name = self.component_name()
-        if not isinstance(material, TaskMaterial) or not material.tasks:
+        if not material.tasks:
             raise DataError(f"{name} learns from inputs of each expert's task; give some.")
         how = self.descent()
         experts = [each.model_copy(update={"coefficient": self.start}) for each in recipe.experts]

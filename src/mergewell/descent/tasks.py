@@ -27,8 +27,8 @@ Aim = Literal["entropy", "expert", "ensemble", "labels"]
 class LearningTask:
     """Inputs of one task, the head that reads the features there, and whose task it is."""
 
-    expert: int
-    """Which expert of the recipe, from 0, was fine-tuned for it."""
+    expert: int | None
+    """Which expert of the recipe, from 0, was fine-tuned for it; None where that is not known."""
 
     batches: Sequence[Batch]
     """Inputs; each step takes one, in turn."""
@@ -119,16 +119,21 @@ def _unmasked(task: LearningTask, index: int) -> Tensor:
 def _check(aim: Aim, tasks: Sequence[LearningTask], experts: int) -> None:
     if not tasks:
         raise DataError("Coefficients are learned from inputs of the experts' tasks; give some.")
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
         if not task.batches:
-            raise DataError(f"The task of expert {task.expert + 1} has no inputs; give some.")
-        if not 0 <= task.expert < experts:
+            raise DataError(f"Task {number} has no inputs; give some.")
+        if task.expert is None and aim == "expert":
             raise DataError(
-                f"A task is said to be of expert {task.expert + 1} but there are {experts}; name "
-                "the inputs in the order of the experts."
+                "What each task's expert says is to be learned, but not whose the inputs are; give "
+                "inputs for each expert by itself."
+            )
+        if task.expert is not None and not 0 <= task.expert < experts:
+            raise DataError(
+                f"Task {number} is said to be of expert {task.expert + 1} but there are {experts}; "
+                "name the inputs in the order of the experts."
             )
         if aim == "labels" and len(task.labels) != len(task.batches):
             raise DataError(
-                f"The task of expert {task.expert + 1} has labels for {len(task.labels)} of "
-                f"{len(task.batches)} batches; give them all, or learn without labels."
+                f"Task {number} has labels for {len(task.labels)} of {len(task.batches)} batches; "
+                "give them all, or learn without labels."
             )

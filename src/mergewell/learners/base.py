@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from mergewell.component import Component, Family
+from mergewell.descent.tasks import LearningTask
 from mergewell.errors import DataError
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
@@ -35,11 +36,18 @@ class Material:
     metric: Metric | None = None
     """On held-out samples, which should not be those that the result is judged on."""
 
-    batches: Sequence[Batch] = ()
-    """Inputs; learners that need no labels take these."""
+    tasks: Sequence[LearningTask] = ()
+    """Inputs by task, with labels, heads and the task's own expert where they are known."""
 
-    owners: Sequence[int] = ()
-    """Which expert, from 0, each batch is of, where that is known."""
+    @property
+    def batches(self) -> list[Batch]:
+        """The inputs of all tasks."""
+        return [batch for task in self.tasks for batch in task.batches]
+
+    @property
+    def owners(self) -> list[int | None]:
+        """Which expert, from 0, each batch is of, where that is known."""
+        return [task.expert for task in self.tasks for _ in task.batches]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,8 @@ class MLossCoefficients(Learner):
         """Return the recipe with a rule for each layer: an average with its coefficients."""
         if not material.batches:
             raise DataError("m_loss_coefficients learns from unlabelled inputs; give some.")
-        count, owners = len(recipe.experts), material.owners
+        count = len(recipe.experts)
+        owners = [owner for owner in material.owners if owner is not None]
         routed = self.reference == "routed"
         if routed and (len(owners) != len(material.batches) or not {*owners} <= {*range(count)}):
             raise DataError(

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mergewell.descent.learner import TaskMaterial
 from mergewell.descent.tasks import Aim
 from mergewell.errors import DataError
 from mergewell.learners.base import Learned, Learner, Material, OnStep, Trial
@@ -58,7 +57,7 @@ class NeuLig(Learner):
         self, recipe: Recipe, material: Material, *, on_step: OnStep | None = None
     ) -> Learned:
         """Return the recipe of the average with the learned coefficients."""
-        if not isinstance(material, TaskMaterial) or not material.tasks:
+        if not material.tasks:
             raise DataError("neulig learns from inputs of each expert's task; give some.")
         if self.aim == "labels" and not all(task.labels for task in material.tasks):
             raise DataError("neulig with aim=labels needs labels of every task; give them.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mergewell.descent.tasks import Aim, LearningTask, loss
+from mergewell.errors import DataError
 from mergewell.neulig.offsets import Offsets, Penalty
 from mergewell.neulig.portland import OnStep, pooled
 
@@ -49,7 +50,7 @@ def train(
     made for a batch of one task after the other, as in the paper's code.
 
     Raises:
-        DataError: as `targets`, which the caller made the labels with.
+        DataError: each task's expert is to be followed, but whose a task is is not known.
     """
     generator = torch.Generator().manual_seed(how.seed)
     optimiser = torch.optim.Adam(network.parameters(), lr=how.rate)
@@ -96,6 +97,11 @@ def _goals(outputs: Tensor, task: LearningTask, aim: Aim) -> Tensor | None:
         count = outputs.shape[1]
         said = ensemble_logits(outputs, torch.full((count,), 1 / count), task)
     else:
+        if task.expert is None:
+            raise DataError(
+                "What each task's expert says is to be learned, but not whose the inputs are; give "
+                "inputs for each expert by itself."
+            )
         mine = outputs[:, task.expert]
         said = mine if task.head is None else task.head(mine)
     return said.detach().softmax(-1)
