@@ -32,7 +32,17 @@ LAYERS = [
         "repair",
         "repair_step",
     },
-    {"diagnostics", "learners", "evaluate", "calibration", "companions", "descent", "explain"},
+    {
+        "diagnostics",
+        "learners",
+        "evaluate",
+        "calibration",
+        "companions",
+        "restore",
+        "descent",
+        "explain",
+        "alignment",
+    },
     {"report", "tune", "advise", "check", "demo"},
     {"cli"},
 ]

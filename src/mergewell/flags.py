@@ -52,15 +52,20 @@ def recipe_from_flags(
 
 
 def from_settings(
-    family: Family[C], name: str, settings: Sequence[str], *, named_by: str = ""
+    family: Family[C],
+    name: str,
+    settings: Sequence[str],
+    *,
+    named_by: str = "",
+    set_by: str = "--set",
 ) -> C:
     """Return the component of a name with the parameters that `--set key=value` give.
 
     Raises:
-        RecipeError: an unknown name, which `named_by` named, or a setting that cannot be read or
-            is refused; says which.
+        RecipeError: an unknown name, which `named_by` named, or a setting of `set_by` that cannot
+            be read or is refused; says which.
     """
-    parameters = dict(map(_read_setting, settings))
+    parameters = dict(_read_setting(setting, set_by) for setting in settings)
     try:
         family.get(name)
     except RecipeError as error:
@@ -71,17 +76,17 @@ def from_settings(
         refused = error.__cause__
         place = refused.errors()[0]["loc"] if isinstance(refused, ValidationError) else ()
         guilty = [text for text in settings if place and text.startswith(f"{place[0]}=")]
-        raise RecipeError(f"{' '.join(['--set', *guilty[-1:]])}: {error}") from error
+        raise RecipeError(f"{' '.join([set_by, *guilty[-1:]])}: {error}") from error
 
 
-def _read_setting(setting: str) -> tuple[str, Any]:
+def _read_setting(setting: str, flag: str = "--set") -> tuple[str, Any]:
     key, equals, value = setting.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {setting}: write it as key=value, such as density=0.2.")
+        raise RecipeError(f"{flag} {setting}: write it as key=value, such as density=0.2.")
     try:
         return key, YAML(typ="safe").load(value)
     except YAMLError as error:
-        raise RecipeError(f"--set {setting}: the value cannot be read; quote it.") from error
+        raise RecipeError(f"{flag} {setting}: the value cannot be read; quote it.") from error
 
 
 def _expert_flag(text: str) -> dict[str, Any]:

@@ -298,6 +298,8 @@ def recipe_of_manifest(manifest: Manifest, *, where: str) -> Recipe:
             f"{where} is of a folder that `mergewell repair` made of {of}; merge by the "
             f"{MANIFEST} of that one and repair the result."
         )
+    if not manifest.recipe:
+        raise RecipeError(f"{where} is of a folder that was not merged; name a merge's manifest.")
     recipe = make_recipe(manifest.recipe, where=where)
     started = Path(manifest.directory)
     return recipe if started == Path.cwd() else beside(recipe, started)

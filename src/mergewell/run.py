@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -56,12 +57,15 @@ def run(
     block: int = BLOCK,
     algorithm: Algorithm = "xxh3-128",
     device: str | Device = "cpu",
+    beside: Mapping[str, Callable[[Path], object]] = MappingProxyType({}),
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Carry out a plan: the complete folder `out` appears, or nothing does.
 
     `device` is where the arithmetic is done, such as "cuda": its last bit may differ from that of
     the CPU, so the manifest names the device and only a run on such a one is resumed.
+
+    `beside` names further files of the output, such as a companion, and what writes each durably.
 
     With `resume`, files that an earlier run or shard job finished are kept: the unit of resuming
     is a file (`shard_bytes` in the recipe makes them smaller).
@@ -101,6 +105,8 @@ def run(
             )
         for file in plan.reference.side_files:
             writer.add_file(file.name, plan.reference.side_file(file))
+        for name, write in beside.items():
+            writer.add_written(name, write)
         inputs = [*known, *engine.imap(PassingHash.record, hashes), *plan.data_records(algorithm)]
         return writer.commit(
             {

@@ -85,16 +85,13 @@ def verify_deep(
     ]
     if problems:
         return Verified(tuple(problems))
+    if not manifest.recipe and not repair_of(manifest):
+        return Verified((), ("It was not merged by a recipe, so no tensor was made again.",))
     try:
-        again = _repaired if _is_repaired(manifest) else _merged
+        again = _merged if manifest.recipe else _repaired
         return again(directory, manifest, sample, seed, on_step)
     except UserError as error:
         return Verified((f"It cannot be made again: {error}",))
-
-
-def _is_repaired(manifest: Manifest) -> bool:
-    """Return whether a folder was made of a merged one and not by a recipe."""
-    return not manifest.recipe and bool(repair_of(manifest))
 
 
 def _counting(on_step: OnStep | None, step: str, total: int) -> OnBytes:

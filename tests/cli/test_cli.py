@@ -30,7 +30,8 @@ FROZEN = {
     "plan": {"--json", "--workers"},
     "merge": {
         "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
-        "--workers", "--shard", "--engine", "--device", "--hash", "--print-recipe", "--json",
+        "--workers", "--shard", "--engine", "--device", "--hash", "--companion",
+        "--print-recipe", "--json",
     },
     "calibrate": {
         "--out", "--base", "--expert", "--method", "--set", "--data", "--samples", "--mode",
@@ -44,6 +45,7 @@ FROZEN = {
         "--base", "--expert", "--data", "--model-factory", "--classifier", "--samples", "--seed",
         "--json", "--html",
     },
+    "restore": {"--expert", "--out", "--companion", "--json"},
     "repair": {"--data", "--out", "--kind", "--model-factory", "--samples", "--json"},
     "learn": {
         "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json",

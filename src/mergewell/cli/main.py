@@ -11,6 +11,7 @@ import typer
 from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
+from mergewell.cli.restore import restore
 
 app = typer.Typer(
     add_completion=False,
@@ -145,6 +146,12 @@ def merge(
     hash_: Annotated[
         str, typer.Option("--hash", help="Of inputs and outputs: xxh3-128 or sha256.")
     ] = "xxh3-128",
+    companion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:K=V]", help="emr or tall_masks: masks in DIR that give experts back."
+        ),
+    ] = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")
     ] = False,
@@ -156,7 +163,8 @@ def merge(
     commands.merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
         seed=seed, dtype=dtype, resume=resume, workers=workers, shard=shard, engine=engine,
-        device=device, hash_kind=hash_, print_recipe=print_recipe, as_json=json,
+        device=device, hash_kind=hash_, companion=companion, print_recipe=print_recipe,
+        as_json=json,
     )  # fmt: skip
 
 
@@ -259,6 +267,7 @@ _STOPPED = (
 
 app.command()(explain)
 app.command()(repair)
+app.command()(restore)
 app.command()(learn)
 app.command()(extract)
 

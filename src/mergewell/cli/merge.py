@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from mergewell.cli.given import chosen_recipe
 from mergewell.cli.progress import steps
 from mergewell.device import make_device
 from mergewell.errors import OutputError, RecipeError, did_you_mean
+from mergewell.flags import from_settings
 from mergewell.jobs import JobResult, parse_shard, run_shard
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import read_recipe
@@ -57,6 +58,7 @@ def merge(
     engine: str,
     device: str,
     hash_kind: str,
+    companion: str | None,
     print_recipe: bool,
     as_json: bool,
 ) -> None:
@@ -85,6 +87,12 @@ def merge(
     job = parse_shard(shard) if shard is not None else None
     before = manifest_at(recipe_file) if recipe_file is not None else None
     planned = make_plan(recipe)
+    if companion is not None and (job is not None or engine != "threads"):
+        raise RecipeError(
+            f"--companion {companion} and {'--shard' if job is not None else '--engine ray'} "
+            "exclude each other; drop one."
+        )
+    beside = _companions(companion, planned) if companion is not None else {}
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     lost = 0 if resume or job is not None else Staging(out.resolve()).finished_tensors()
@@ -122,7 +130,7 @@ def merge(
         else:
             manifest = run_plan(
                 planned, out, workers=_workers(workers), resume=resume, algorithm=algorithm,
-                device=where, on_progress=progress,
+                device=where, beside=beside, on_progress=progress,
             )  # fmt: skip
     for warning in _not_the_same(before, manifest) if before is not None else ():
         print(f"warning: {warning}", file=sys.stderr)
@@ -141,6 +149,27 @@ def merge(
         f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
         f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s{mended}."
     )
+
+
+def _companions(text: str, planned: Plan) -> dict[str, Callable[[Path], object]]:
+    """Return what writes the companion of `NAME` or `NAME:KEY=VALUE`, by its file's name.
+
+    Raises:
+        RecipeError: there is no such companion, or it does not go with the merge.
+    """
+    from mergewell.check import short_names
+    from mergewell.companions.base import COMPANIONS, SUFFIX, require_fit, write_companion
+    from mergewell.repair import mended
+
+    name, *settings = text.split(":")
+    companion = from_settings(
+        COMPANIONS, name, settings, named_by="--companion", set_by=f"--companion {name}:"
+    )
+    tasks = short_names(expert.path for expert in planned.recipe.experts)
+    require_fit(companion, planned, tasks)
+    return {
+        f"{name}{SUFFIX}": lambda path: write_companion(companion, mended(planned), tasks, path)
+    }
 
 
 def _not_the_same(before: Manifest, after: Manifest) -> list[str]:

@@ -33,6 +33,9 @@ from mergewell.storage.header import build_header
 from mergewell.storage.spec import TensorSpec
 
 FORMAT = "mergewell.companion: NAME.mask bits of K experts, rescalers; beside its merged model"
+SUFFIX = ".companion.safetensors"
+"""How the name of a companion in a merged folder ends; it begins with the companion's own."""
+
 RECIPE = "mergewell.recipe"
 """Key of the metadata that a merged model and its companion share."""
 
@@ -86,7 +89,7 @@ def write_companion(companion: Companion, plan: Plan, tasks: Sequence[str], path
             is not above 0, or task names that are not one for each expert, all different.
         OutputError: the file cannot be written.
     """
-    _check(companion, plan, tasks)
+    require_fit(companion, plan, tasks)
     merged = {name: task for name, task in plan.tasks.items() if task.copied_from is None}
     specs = [
         TensorSpec(f"{name}.mask", torch.uint8, (len(tasks), -(-task.spec.numel // 8)))
@@ -142,9 +145,18 @@ def expert_state(
         CheckpointError: no companion file, one of another merge, or a file that does not fit.
         RecipeError: an unknown task.
     """
-    masks = open_checkpoint(companion)
-    if not masks.metadata.get("format", "").startswith("mergewell.companion"):
-        raise CheckpointError(f"{companion} is no companion; write one with `write_companion`.")
+    return dict(expert_tensors(merged, companion, task, base=base))
+
+
+def expert_tensors(
+    merged: Checkpoint, companion: str | Path, task: str, *, base: Checkpoint | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of `expert_state` by name, one at a time.
+
+    Raises:
+        CheckpointError, RecipeError: as `expert_state`.
+    """
+    masks = open_companion(companion)
     if merged.metadata.get(RECIPE) != masks.metadata.get(RECIPE):
         raise CheckpointError(
             f"{companion} belongs to another merge than {merged.path}: their recipes differ; make "
@@ -154,14 +166,34 @@ def expert_state(
     if task not in tasks:
         raise RecipeError(f"{companion} knows no task {task!r}: {did_you_mean(task, tasks)}")
     row = tasks.index(task)
-    start = base if base is not None else open_checkpoint(masks.metadata["base"])
+    start = base if base is not None else base_of(masks)
     rescaler = float(masks[_RESCALERS][row])
-    return {
-        name: _restored(merged[name], start, masks, name, row, rescaler)
-        if f"{name}.mask" in masks
-        else merged[name]
-        for name in merged
-    }
+    for name in merged:
+        if f"{name}.mask" in masks:
+            yield name, _restored(merged[name], start, masks, name, row, rescaler)
+        else:
+            yield name, merged[name]
+
+
+def open_companion(path: str | Path) -> Checkpoint:
+    """Open the file of a companion.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    masks = open_checkpoint(path)
+    if not masks.metadata.get("format", "").startswith("mergewell.companion"):
+        raise CheckpointError(f"{path} is no companion; write one with `merge --companion`.")
+    return masks
+
+
+def base_of(masks: Checkpoint) -> Checkpoint:
+    """Open the base that an opened companion's merge started from.
+
+    Raises:
+        CheckpointError: it is not where it was.
+    """
+    return open_checkpoint(masks.metadata["base"])
 
 
 def absolute(tensor: Tensor) -> float:
@@ -209,7 +241,12 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _check(companion: Companion, plan: Plan, tasks: Sequence[str]) -> None:
+def require_fit(companion: Companion, plan: Plan, tasks: Sequence[str]) -> None:
+    """Require that a companion goes with a plan's merge.
+
+    Raises:
+        RecipeError: it does not; as `write_companion`.
+    """
     name, method = companion.component_name(), plan.recipe.method.name
     if method not in companion.methods:
         raise RecipeError(

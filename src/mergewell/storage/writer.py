@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType, TracebackType
@@ -22,6 +22,7 @@ from mergewell.storage.manifest import (
     InputFile,
     Manifest,
     OutputFile,
+    hash_file,
     new_hasher,
 )
 from mergewell.storage.shard_writer import ShardLayout, ShardWriter
@@ -151,15 +152,27 @@ class CheckpointWriter:
             MergewellError: the name is taken or is not that of a file.
             OutputError: the system refuses.
         """
-        taken = name in {*self._layouts, *self._others, MANIFEST}
-        if taken or not name or Path(name).name != name:
-            raise MergewellError(f"{name!r} cannot be added to {self.directory}.")
+        self._require_free(name)
         with writing(self._staging.files / name):
             write_synced(self._staging.files / name, content)
         hasher = new_hasher(self._algorithm)
         hasher.update(content)
         digest = f"{self._algorithm}:{hasher.hexdigest()}"
         self._others[name] = OutputFile(file=name, hash=digest, bytes=len(content))
+        return self._others[name]
+
+    def add_written(self, name: str, write: Callable[[Path], object]) -> OutputFile:
+        """Add another file that `write` makes durable at the path it is given.
+
+        Raises:
+            MergewellError: the name is taken or is not that of a file.
+            OutputError: the system refuses; and whatever `write` raises.
+        """
+        self._require_free(name)
+        path = self._staging.files / name
+        write(path)
+        digest = hash_file(path, self._algorithm)
+        self._others[name] = OutputFile(file=name, hash=digest, bytes=path.stat().st_size)
         return self._others[name]
 
     def commit(self, manifest: Mapping[str, Any]) -> Manifest:
@@ -221,6 +234,11 @@ class CheckpointWriter:
                     algorithm=self._algorithm,
                 )
             return self._shards[file]
+
+    def _require_free(self, name: str) -> None:
+        taken = name in {*self._layouts, *self._others, MANIFEST}
+        if taken or not name or Path(name).name != name:
+            raise MergewellError(f"{name!r} cannot be added to {self.directory}.")
 
     def _release(self, *, remove: bool) -> None:
         """Close everything and give up the lock; does nothing the second time."""
