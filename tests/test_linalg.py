@@ -35,6 +35,12 @@ def test_factors_give_the_matrix_back(shape, dtype, how) -> None:
         unit = torch.eye(len(factors.values), dtype=dtype)
         torch.testing.assert_close(side.T @ side, unit, atol=1e-5, rtol=0)
     assert factors.missed == pytest.approx(0, abs=1e-3)
+    top = linalg.svd(matrix, how, rank=1)
+    torch.testing.assert_close(top.values, factors.values[:1])
+    torch.testing.assert_close(top.matrix(), factors.top(1).matrix())
+    assert top.left.untyped_storage().nbytes() == top.left.nbytes  # no view of all vectors
+    assert top.right.untyped_storage().nbytes() == top.right.nbytes
+    assert len(linalg.svd(matrix, how, rank=0).values) == 0
 
 
 @pytest.mark.parametrize("how", ["gram", "full"])

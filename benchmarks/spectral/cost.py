@@ -76,10 +76,12 @@ def time_of(method: str, side: int, experts: int) -> dict[str, Any]:
     group = TensorGroup("layers.0.weight", moved, torch.ones(experts), base)
     inside, count, svd = 0.0, 0, linalg.svd
 
-    def timed(matrix: torch.Tensor, how: linalg.Decomposition = "gram") -> linalg.Factors:
+    def timed(
+        matrix: torch.Tensor, how: linalg.Decomposition = "gram", *, rank: int | None = None
+    ) -> linalg.Factors:
         nonlocal inside, count
         began = time.perf_counter()
-        factors = svd(matrix, how)
+        factors = svd(matrix, how, rank=rank)
         inside, count = inside + time.perf_counter() - began, count + 1
         return factors
 

@@ -26,7 +26,7 @@ one at the limit are orthonormal to about 1e-4.
 Decomposition = Literal["gram", "full"]
 """By the Gram matrix in float64, or LAPACK's SVD in the matrix' own dtype."""
 
-_CHUNK = 1 << 22  # elements that are widened to float64 at a time
+_CHUNK = 1 << 21  # elements that are widened to float64 at a time
 _OVERSAMPLING = 16
 _POWER_STEPS = 2
 
@@ -66,8 +66,11 @@ class Factors:
         return (self.left * (self.values if values is None else values)) @ self.right.T
 
 
-def svd(matrix: Tensor, how: Decomposition = "gram") -> Factors:
-    """Return all singular triplets of a matrix [O, I], in its dtype."""
+def svd(matrix: Tensor, how: Decomposition = "gram", *, rank: int | None = None) -> Factors:
+    """Return the singular triplets of a matrix [O, I], in its dtype: all, or the `rank` longest.
+
+    With a rank the other vectors are neither made nor, in the end, held.
+    """
     norm = frobenius(matrix)
     if norm == 0:
         none = matrix.new_zeros(0)
@@ -76,15 +79,16 @@ def svd(matrix: Tensor, how: Decomposition = "gram") -> Factors:
         left, values, right = cast(
             "tuple[Tensor, Tensor, Tensor]", torch.linalg.svd(matrix, full_matrices=False)
         )
-        count = int((values > NOISE * values[0]).sum())
-        return Factors(left, values, right.T, norm).top(count)
+        kept = values[:rank][values[:rank] > NOISE * values[0]].clone()
+        count = len(kept)
+        return Factors(left[:, :count].clone(), kept, right[:count].clone().T, norm)
     tall = matrix.shape[0] > matrix.shape[1]
     squares, vectors = eigh(gram(matrix if tall else matrix.T))
     lengths = squares.clamp(min=0).sqrt()
-    count = int((lengths > NOISE * lengths[0]).sum())
+    count = int((lengths[:rank] > NOISE * lengths[0]).sum())
     values = lengths[:count].to(matrix.dtype)
-    known = vectors[:, :count].to(matrix.dtype)
-    other = (matrix @ known if tall else matrix.T @ known) / values
+    known = vectors[:, :count].clone().to(matrix.dtype)
+    other = (matrix @ known if tall else matrix.T @ known).div_(values)
     left, right = (other, known) if tall else (known, other)
     return Factors(left, values, right, norm)
 
@@ -99,7 +103,7 @@ def sketched_svd(matrix: Tensor, rank: int, *, seed: int) -> Factors:
     """
     width = rank + _OVERSAMPLING
     if width >= min(matrix.shape):
-        return svd(matrix).top(rank)
+        return svd(matrix, rank=rank)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(
         matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu"
@@ -107,7 +111,7 @@ def sketched_svd(matrix: Tensor, rank: int, *, seed: int) -> Factors:
     basis = _orthonormal(matrix @ drawn.to(matrix))
     for _ in range(_POWER_STEPS):
         basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
-    small = svd(basis.T @ matrix).top(rank)
+    small = svd(basis.T @ matrix, rank=rank)
     return Factors(basis @ small.left, small.values, small.right, frobenius(matrix))
 
 

@@ -210,9 +210,9 @@ class SpectralMerge(MatrixMerge):
     """Decompose by the Gram matrix of the shorter side in float64 (fast; singular values to 1e-8 of
     the largest), or by LAPACK's SVD in the compute dtype. Directions below 1e-6 are left out."""
 
-    def factors(self, matrix: Tensor) -> linalg.Factors:
-        """Return the singular triplets of a matrix."""
-        return linalg.svd(matrix, self.svd)
+    def factors(self, matrix: Tensor, rank: int | None = None) -> linalg.Factors:
+        """Return the singular triplets of a matrix: all, or the `rank` longest."""
+        return linalg.svd(matrix, self.svd, rank=rank)
 
     def polar(self, matrix: Tensor) -> Tensor:
         """Return the polar factor of a matrix."""
@@ -227,9 +227,9 @@ class TruncatedMerge(SpectralMerge):
     the largest), by LAPACK's SVD in the compute dtype, or each expert by a seeded random sketch of
     the directions that are kept (fastest for few of a large matrix; leading ones to about 1e-3)."""
 
-    def factors(self, matrix: Tensor) -> linalg.Factors:
-        """Return all singular triplets of a matrix, exactly."""
-        return linalg.svd(matrix, "full" if self.svd == "full" else "gram")
+    def factors(self, matrix: Tensor, rank: int | None = None) -> linalg.Factors:
+        """Return the singular triplets of a matrix, exactly: all, or the `rank` longest."""
+        return linalg.svd(matrix, "full" if self.svd == "full" else "gram", rank=rank)
 
     def polar(self, matrix: Tensor) -> Tensor:
         """Return the polar factor of a matrix, exactly."""
@@ -239,7 +239,7 @@ class TruncatedMerge(SpectralMerge):
         """Return the `rank` longest triplets of one expert's task matrix, or all there are."""
         if self.svd == "random":
             return linalg.sketched_svd(matrices[expert], rank, seed=matrices.drawn(expert))
-        return self.factors(matrices[expert]).top(rank)
+        return self.factors(matrices[expert], rank)
 
 
 def _built(value: Any) -> Any:

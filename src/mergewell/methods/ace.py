@@ -65,8 +65,7 @@ class Ace(SpectralMerge):
         if uneven:
             mean = covariance / len(wide)
             rest = ops.total([m @ (g - mean) for m, g in zip(wide, grams, strict=True)])
-            factors = self.factors(rest + delta)
-            top = factors.top(int(self.leading * matrices.rank + 1e-9))
+            top = self.factors(rest + delta, int(self.leading * matrices.rank + 1e-9))
             if len(top.values):
                 delta = delta + top.matrix(top.values.mean().expand(len(top.values)))
         return delta.to(matrices.base.dtype)

@@ -38,11 +38,11 @@ class IsoCts(SpectralMerge):
         """Return common and own directions, orthogonal and of equal length."""
         count, rank = len(matrices), matrices.rank
         own = min(rank // count, round((rank - int(self.common * rank + 1e-9)) / count))
-        shared = self.factors(matrices.total()).top(rank - own * count)
+        shared = self.factors(matrices.total(), rank - own * count)
         found = [shared]
         for k in range(count if own else 0):
             matrix = matrices[k]
-            outside = self.factors(matrix - shared.left @ (shared.left.T @ matrix)).top(own)
+            outside = self.factors(matrix - shared.left @ (shared.left.T @ matrix), own)
             # an expert inside the common directions leaves nothing but rounding
             noise = linalg.NOISE * linalg.frobenius(matrix)
             found.append(outside.top(int((outside.values > noise).sum())))
