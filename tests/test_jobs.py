@@ -109,6 +109,21 @@ def test_jobs_in_any_order_make_the_same_folder_and_the_last_commits(
         run_shard(make_plan(other), out, 0, 3)
 
 
+def test_seconds_of_jobs_and_of_broken_runs_are_added_up(tmp_path: Path) -> None:
+    plan = make_plan(recipe_for(tmp_path))
+    out = tmp_path / "out"
+    for index, seconds in ((0, 1000.0), (1, 200.0)):
+        run_shard(plan, out, index, 3)
+        record = Staging(out).done / f"{plan.layouts[index].file}.json"
+        content = json.loads(record.read_text())
+        assert 0 < content["notes"]["seconds"] < 100
+        content["notes"]["seconds"] = seconds
+        record.write_text(json.dumps(content))
+    manifest = run_shard(plan, out, 2, 3).manifest
+    assert manifest is not None and 1200 < manifest.seconds < 1300
+    assert run(plan, tmp_path / "whole").seconds < 100
+
+
 def test_more_jobs_than_files_and_a_statistic_of_the_whole_model(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, shards=2).model_dump(mode="json")
     recipe["method"] = {"name": "ties", "density": 0.3, "trim_scope": "model"}

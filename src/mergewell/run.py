@@ -89,6 +89,7 @@ def run(
             algorithm=algorithm,
         ) as writer,
     ):  # fmt: skip
+        before = sum(float(notes.get("seconds", 0.0)) for notes in writer.notes)
         plan = mended(plan)
         known = [f for f in writer.recorded_inputs if f.hash.startswith(f"{algorithm}:")]
         hashes = hash_while_reading(plan.inputs, algorithm, known=[Path(f.path) for f in known])
@@ -123,7 +124,7 @@ def run(
                     "device": where.name,
                 },
                 "directory": str(Path.cwd()),
-                "seconds": round(time.perf_counter() - began, 3),
+                "seconds": round(before + time.perf_counter() - began, 3),
             }
         )
 
@@ -145,6 +146,7 @@ def write_files(
     """
     if not layouts:
         return
+    began = time.perf_counter()
     _check_copies(plan)
     values = _model_statistics(plan, engine, block, device)
     for layout in layouts:
@@ -156,7 +158,9 @@ def write_files(
             changes[name] = changes.get(name, UNCHANGED) + merged.change
             if on_progress is not None:
                 on_progress(merged.tensor.nbytes)
-        writer.finish(layout.file, notes_of(changes))
+        done = time.perf_counter()
+        writer.finish(layout.file, {**notes_of(changes), "seconds": done - began})
+        began = done
 
 
 def merge_tensors(

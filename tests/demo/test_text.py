@@ -1,6 +1,7 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +195,35 @@ def test_experts_are_trained_once_with_progress_then_cached(
         assert changed and all(name.startswith("encoder.layer.") for name in changed)
         assert "encoder.layer.0.intermediate.dense.weight" in changed
         assert '"steps": 3' in expert.metadata["training"]
+
+
+def write_module(folder: Path, name: str, source: str) -> Any:
+    (folder / f"{name}.py").write_text(source)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_name_of_a_cached_expert_depends_on_the_code_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sources = {
+        "first": '"""Doc."""\n\n\ndef f(x):\n    """Add."""\n    return x + 1\n',
+        "same": '"""Other."""\n\n# why\ndef f(x):\n    return (x + 1)  # so\n',
+        "other": "def f(x):\n    return x + 2\n",
+    }
+    modules = {name: write_module(tmp_path, name, source) for name, source in sources.items()}
+    whole = {name: text_experts.code_digest([module]) for name, module in modules.items()}
+    assert whole["first"] == whole["same"] != whole["other"]
+    parts = {name: text_experts.code_digest([module.f]) for name, module in modules.items()}
+    assert parts["first"] == parts["same"] != parts["other"]
+    names: set[str] = set()
+    for module in modules.values():
+        monkeypatch.setattr(text_experts, "_TRAINING", (module.f,))
+        names.add(text_experts.expert_path("snips", TINY["snips"]).name)
+    assert len(names) == 2
 
 
 def test_training_helps_on_texts_not_seen_and_is_repeatable(base: torch.nn.Module):

@@ -112,6 +112,7 @@ class Manifest(_Contract):
     directory: str = "."
     """Where the merge was run: what relative paths are relative to."""
     seconds: float
+    """Of work; what shard jobs and runs that were broken off spent on finished files is added."""
 
     @property
     def device(self) -> str:
