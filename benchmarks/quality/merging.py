@@ -5,10 +5,8 @@ A merge is kept until another method or other parameters are asked for: scales s
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,21 +95,17 @@ class Merges:
             data["calibration"] = str(self._calibration(families, half=half))
         return make_recipe(data)
 
-    def _material(self, learner: Learner, *, half: bool) -> Any:
-        """Return what a learner may use: its kind of material says what that is."""
-        batches, owners = self.inputs(half=half)
-        tasks = [
-            LearningTask(number, [b for b, o in zip(batches, owners, strict=True) if o == number],
-                         head=partial(self.of.logits, task))
-            for number, task in enumerate(self.of.experts)
-        ]  # fmt: skip
-        offered: dict[str, Any] = {
-            "factory": self.of.factory, "metric": self._metric, "batches": batches,
-            "owners": owners, "tasks": (*tasks,),
-        }  # fmt: skip
-        kind = material_of(learner)
-        known = {field.name for field in fields(kind)}
-        return kind(**{name: value for name, value in offered.items() if name in known})
+    def _material(self, learner: Learner, *, half: bool) -> Material:
+        """Return what a learner may use: the validation examples only if it needs labels."""
+        parts = self.of.validation if learner.data == "labelled" else self.of.inputs
+        tasks: list[LearningTask] = []
+        for number, (task, part) in enumerate(parts.items()):
+            stop = len(part.batches) // 2 if half else None
+            batches = [as_given(batch) for batch in part.batches[:stop]]
+            labels = part.labels[:stop] if learner.data == "labelled" else ()
+            head = partial(self.of.logits, task)
+            tasks.append(LearningTask(number, batches, labels, head))
+        return Material(self.of.factory, self._metric, tasks)
 
     def inputs(self, *, half: bool) -> tuple[Sequence[Batch], Sequence[int]]:
         """Return the unlabelled inputs in float32, two batches or more a task, and whose each is.
@@ -122,7 +116,7 @@ class Merges:
         owners: list[int] = []
         for number, part in enumerate(self.of.inputs.values()):
             for batch in part.batches[: len(part.batches) // 2] if half else part.batches:
-                batches.append(batch.float() if isinstance(batch, Tensor) else batch)
+                batches.append(as_given(batch))
                 owners.append(number)
         return batches, owners
 
@@ -145,18 +139,11 @@ class Merges:
         return path
 
 
+def as_given(batch: Batch) -> Batch:
+    """Return a batch in float32, as modules take it outside the judge."""
+    return batch.float() if isinstance(batch, Tensor) else batch
+
+
 def samples_in(batch: Batch) -> int:
     """Return the number of samples in a batch."""
     return len(tensors(batch)[0])
-
-
-def material_of(learner: Learner) -> type[Material]:
-    """Return the richest kind of material that the modules of the learner's classes speak of."""
-    modules = [inspect.getmodule(cls) for cls in type(learner).__mro__]
-    kinds = [
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Material)
-    ]
-    return max(kinds, key=lambda kind: len(fields(kind)))

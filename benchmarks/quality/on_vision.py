@@ -129,7 +129,7 @@ def head(base: nn.Module, array: dict[str, Any]) -> Tensor:
     """Return class prototypes [C, 1280]."""
     labels = array["y_train"].astype(np.int64)
     rows: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for label in range(int(labels.max()) + 1):
             picked = np.flatnonzero(labels == label)[:SHOTS]
             rows.append(base(vision.prepare(images(array, "train", picked))).mean(0))
