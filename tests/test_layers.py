@@ -40,6 +40,7 @@ LAYERS = [
         "companions",
         "restore",
         "descent",
+        "neulig",
         "explain",
         "alignment",
     },
