@@ -61,3 +61,16 @@ def test_inner_methods_that_need_the_whole_model_are_refused() -> None:
     method = Orthomerge.model_validate({"of": {"name": "ties", "trim_scope": "model"}})
     assert "more than the one matrix" in method.objection([1.0, 1.0])
     assert not Orthomerge.model_validate({"of": "ties"}).objection([1.0, 1.0])
+
+
+def test_rotations_about_different_axes_keep_their_mean_angle() -> None:
+    def about(axis: list[float]) -> torch.Tensor:
+        x, y, z = axis
+        skew = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], dtype=torch.float64)
+        return torch.linalg.matrix_exp(math.radians(30) * skew)
+
+    base = 2 * torch.eye(3, dtype=torch.float64)
+    experts = [about([1.0, 0.0, 0.0]) @ base, about([0.0, 1.0, 0.0]) @ base]
+    merged = Orthomerge().merge(group(base, *experts))
+    expected = about([0.5**0.5, 0.5**0.5, 0.0]) @ base
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
