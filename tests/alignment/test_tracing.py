@@ -67,7 +67,8 @@ def test_joined_split_and_grouped_branches() -> None:
     graph = proved(shaken(Joined()), torch.rand(2, 2, 7, dtype=torch.float64))
     groups, width = graph.axes["norm.weight"][0].parts
     assert [part.size for part in groups.parts] == [2, 3] and width.size == 2
-    assert sizes(graph) == [2, 2, 3, 6]  # the gated units: a pair of rows each
+    # left and right groups, widths before and after, and the gated units: a pair of rows each
+    assert sizes(graph) == [2, 2, 2, 3, 6]
 
 
 def test_torch_attention() -> None:

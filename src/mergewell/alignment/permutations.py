@@ -42,6 +42,17 @@ class Axis:
         """Return the old place of every entry, int64 [size]; groups not named keep their order."""
         return self._places(permutations, within, {}, 1).reshape(-1)
 
+    def units(self, group: str) -> Tensor:
+        """Return which unit of a group every entry belongs to, int64 [size]; -1 for none."""
+        if self.kind == "group" and self.group == group:
+            return torch.arange(self.size)
+        if self.kind == "sum":
+            return torch.cat([part.units(group) for part in self.parts])
+        made = torch.full((1,), -1)
+        for part in self.parts:
+            made = torch.maximum(made[:, None], part.units(group)).reshape(-1)
+        return made if self.parts else made.expand(self.size)
+
     def _places(
         self,
         permutations: Permutations,

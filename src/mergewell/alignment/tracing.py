@@ -15,7 +15,7 @@ from torch import nn
 from mergewell.alignment.inference import Inference
 from mergewell.alignment.permutations import Axis, Group, PermutationGraph
 from mergewell.alignment.symbols import Symbol, fix, leaves, monomials, parts_of
-from mergewell.models.dataflow import Batch
+from mergewell.models.dataflow import Batch, Value
 
 
 def permutation_graph(module: nn.Module, batch: Batch) -> PermutationGraph:
@@ -40,11 +40,8 @@ def permutation_graph(module: nn.Module, batch: Batch) -> PermutationGraph:
         for name, value in inference.states.items()
     }
     outputs = {
-        (module_name, call, place): tuple(_frozen(axis, names) for axis in inference.known(value))
-        for module_name, calls in inference.graph.recorder.calls.items()
-        for call, values in enumerate(calls)
-        for place, value in enumerate(values)
-        if value in inference.axes
+        key: tuple(_frozen(axis, names) for axis in inference.known(value))
+        for value, key in _returned(inference).items()
     }
     return PermutationGraph(
         groups,
@@ -61,6 +58,17 @@ def _fix_unused(inference: Inference) -> None:
         if value not in used:
             for axis in inference.known(value):
                 fix(axis, "is not reached by the forward pass")
+
+
+def _returned(inference: Inference) -> dict[Value, tuple[str, int, int]]:
+    """Return the tensors that modules return, each with the first module that returns it."""
+    found: dict[Value, tuple[str, int, int]] = {}
+    for module, calls in inference.graph.recorder.calls.items():
+        for number, values in enumerate(calls):
+            for place, value in enumerate(values):
+                if value in inference.axes:
+                    found.setdefault(value, (module, number, place))
+    return found
 
 
 def _names(inference: Inference) -> dict[Symbol, str]:
