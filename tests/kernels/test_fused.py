@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from toys import recipe_of, save
 
 from mergewell.blocks import compute_dtype
 from mergewell.kernels import base as kernels
+from mergewell.kernels import rank_ops, thresholds
 from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.plan import make_plan
 from mergewell.run import merge_tensors
@@ -39,6 +41,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ),
     ("ties", {"density": (0.1, 0.5, 1.0), "combine": "sum"}, 3),
     ("ties", {"density": 1.0}, 2),
+    *(("ties", {"density": 0.3, "votes": v}, k) for v in ("plain", "weighted") for k in (1, 4, 5)),
     *(
         ("dare", {"density": 0.3, "combine": c, "rescale": r}, 3)
         for c, r in itertools.product(("sum", "agreeing"), ("density", "none"))
@@ -50,7 +53,8 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
             (0.2, 0.01, "sum"), (0.3, 0.1, "agreeing"), ((0.1, 0.3, 0.9), (0.0, 0.2, 0.5), "sum"),
         )
     ),
-    *(("sce", {"density": d, "scale": 0.7}, k) for d, k in ((0.2, 3), (1.0, 2), (0.5, 4))),
+    *(("sce", {"density": 0.2, "scale": 0.7}, k) for k in (1, 3, 5)),
+    *(("sce", {"density": d, "scale": 0.7}, k) for d, k in ((1.0, 2), (0.5, 4))),
     ("slerp", {"t": 0.3}, 2),
 ]  # fmt: skip
 
@@ -185,6 +189,23 @@ def test_a_bfloat16_fine_tune_takes_one_pass_of_counting() -> None:
     expert = (base + 1e-3 * torch.randn(SIZE, generator=generator)).bfloat16()
     _, taken = carried_out(MagnitudeThreshold(density=0.2), {"w": [base, expert]}, CHUNK)
     assert taken == [0, 1]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_bracket_with_too_many_entries_is_counted_by_halves(
+    scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistic = MagnitudeThreshold(density=0.2, scope=scope)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(SIZE, generator=generator)
+    named = {"w": [base, base + 1e-3 * torch.randn(SIZE, generator=generator)]}
+    expected, taken = carried_out(statistic, named, CHUNK)
+    if scope == "tensor":  # all of the bracket is held
+        assert taken == [0, 1]
+    monkeypatch.setattr(thresholds, "_HELD", 1)
+    values, taken = carried_out(statistic, named, CHUNK)
+    assert taken[:4] == [0, 1, 2, 3]
+    assert torch.equal(values["w"]["key"], expected["w"]["key"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,3 +368,35 @@ def test_fused_ranks_are_the_torch_ranks(
             break
     found = torch.cat(parts)
     assert torch.equal(found, expected.flatten()[: found.numel()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [("few", True), ("zeros", True), ("few odd", True), ("odd alike", True), ("one odd", False),
+     ("many odd", False), ("far", False)],
+)  # fmt: skip
+def test_places_in_a_row_are_those_of_a_stable_sort(kind: str, counted: bool) -> None:
+    generator = np.random.default_rng(3)
+    size = 4999
+    keys = (0x3A00 + generator.integers(0, 90, size)).astype(np.int32) << 16
+    keys[generator.random(size) < 0.2] = 0
+    odd = (generator.random(size) < (0.5 if kind == "many odd" else 0.02)) & (keys > 0)
+    if "odd" in kind:
+        keys[odd] += generator.integers(1, 1 << 16, odd.sum()).astype(np.int32)
+    if kind == "zeros":
+        keys[:] = 0
+    if kind == "odd alike":
+        keys[odd] = 0x3A007777
+    if kind == "one odd":
+        keys[:] = 0x3A007777
+    if kind == "far":
+        keys[7] = 0x7F000000
+    expected = np.empty(size, np.int64)
+    expected[np.argsort(keys, kind="stable")] = np.arange(size)
+    table = np.arange(size, dtype=np.float32)
+    places, spare = np.zeros(size, np.float32), np.zeros((4, size + rank_ops.BINS), np.int32)
+    assert rank_ops.by_counting(keys, table, places, spare) == counted
+    if counted:
+        assert np.array_equal(places, expected)
+    rank_ops.by_rank(keys, table, places, spare)
+    assert np.array_equal(places, expected)

@@ -8,6 +8,7 @@ from mergewell.kernels import sparse_ops
 from mergewell.kernels.base import Fused, RawBlock
 from mergewell.kernels.options import combination, ties_left
 from mergewell.methods.breadcrumbs import Breadcrumbs
+from mergewell.tensor_group import CHUNK
 
 
 def merge(method: Breadcrumbs, block: RawBlock) -> Fused | None:
@@ -19,10 +20,10 @@ def merge(method: Breadcrumbs, block: RawBlock) -> Fused | None:
         return None
     value = block.statistics[statistics[0]]
     cuts = value["key"].numpy().reshape(experts, 2)
-    left = ties_left(value, block.offset).reshape(experts, 2).copy()
+    left = ties_left(value, block).reshape(experts, 2, -1)
     out = np.empty_like(base)
     tally = sparse_ops.trim_and_combine(
-        base, block.addresses, cuts, left, block.coefficients, combination(method, experts),
-        block.computed.type(method.scale), out,
+        base, block.addresses, cuts, left, CHUNK, block.coefficients,
+        combination(method, experts), block.computed.type(method.scale), out,
     )  # fmt: skip
     return Fused.of(out, tally)

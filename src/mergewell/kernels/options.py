@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mergewell.kernels.base import RawBlock
 from mergewell.methods.ops import SparseMerge
 from mergewell.tensor_group import CHUNK, Value
 
@@ -19,16 +20,27 @@ def combination(method: SparseMerge, experts: int) -> tuple[bool, bool, bool, in
     return agreeing, method.elect == "count", method.votes == "weighted", divide, experts
 
 
-def ties_left(value: Value, offset: int) -> NDArray[np.int64]:
-    """Return how many entries at each threshold a block may still take, [rows]; -1 for all."""
-    if "ties_before" not in value:
-        return np.full(len(value["key"]), -1)
-    left = value["ties_kept"] - value["ties_before"][:, offset // CHUNK]
-    return left.clamp(min=0).numpy()
+def chunks_of(block: RawBlock) -> int:
+    """Return how many chunks a block has."""
+    return -(-block.reference.size // CHUNK)
 
 
-def selection(value: Value, offset: int) -> tuple[int, int]:
-    """Return the key down to which a block's entries are selected, and how many ties there."""
+def ties_left(value: Value, block: RawBlock) -> NDArray[np.int64]:
+    """Return how many entries at each threshold may be taken from each of a block's chunks on.
+
+    [rows, chunks + 1], the last after the block; -1 for all.
+    """
+    first, size = block.offset // CHUNK, chunks_of(block) + 1
+    left = np.full((len(value["key"]), size), -1)
+    if "ties_before" in value:
+        left[:] = 0  # after the tensor none
+        before = value["ties_before"][:, first : first + size]
+        left[:, : before.shape[1]] = (value["ties_kept"][:, None] - before).clamp(min=0).numpy()
+    return left
+
+
+def selection(value: Value, block: RawBlock) -> tuple[int, NDArray[np.int64]]:
+    """Return the key down to which a block's entries are selected, and `ties_left` of it."""
     if "key" not in value:
-        return 0, -1
-    return int(value["key"][0]), int(ties_left(value, offset)[0])
+        return 0, np.full(chunks_of(block) + 1, -1)
+    return int(value["key"][0]), ties_left(value, block)[0]

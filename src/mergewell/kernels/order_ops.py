@@ -11,13 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from mergewell.kernels.ops import LANES, TILE, count_marks, fused, load, magnitude_key, part_of
+from mergewell.kernels import four_ops
+from mergewell.kernels.ops import TILE, count_marks, fused, load, magnitude_key, part_of
 
 RUN = 32
 """Elements that are sampled together: what a line of the cache holds."""
-
-BUCKETS = 2048
-"""Counters on either side of the guess."""
 
 
 @fused
@@ -28,6 +26,10 @@ def score(base, experts, which, start, stop, keys, scratch):
         expert = part_of(experts, which, start, stop, base)
         for i in range(size):
             keys[i] = magnitude_key(load(expert, i) - load(own, i))
+        return
+    if experts.size <= four_ops.MOST:
+        four = four_ops.four_of(experts, base)
+        four_ops.spreads(base, four, start, stop, experts.size, scratch, keys)
         return
     # as `statistics.selected_energy.variance` does it
     mean, summed = scratch[0], scratch[1]
@@ -66,65 +68,82 @@ def sample(base, experts, scores, stride, like, keys):
 
 
 @fused
-def count(base, experts, scores, brackets, chunk, counts, tied, above, positive, like):
-    """Count each score's keys around a guess, chunk by chunk.
+def count(
+    base, experts, scores, brackets, chunk, offset, tied, above, positive, held, filled, like
+):
+    """Count each score's keys around a guess, chunk by chunk, and hold the rest of the bracket.
 
-    scores: [R], which score each row is about; brackets: int64 [R, 5], see `count_part`; counts:
-    int64 [R, 2, 3, BUCKETS]; tied: int64 [R, n / chunk]; above, positive: [R], to be added to.
+    scores: [R], ascending, which score each row is about; brackets: int64 [R, 3], the guess lies
+    in [low, top); offset: of the block in its tensor, [n / chunk] are its chunks. To be added to:
+    tied: int64 [R, C], keys at the guess; above: [R], keys from top on; positive: [R], keys above
+    0, of variances only. held: int32 [R, 2, room], key and chunk of those in the bracket beside the
+    guess; filled: [R], how many there were, kept or not.
     """
     keys, marks = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
-    scratch, lanes = np.empty((2, TILE), like.dtype), np.empty((3, LANES), np.int32)
-    for begin in range(0, base.size, chunk):
-        end = min(begin + chunk, base.size)
+    scratch = np.empty((2, TILE), like.dtype)
+    for start in range(0, base.size, TILE):
+        stop = min(start + TILE, base.size)
+        place, part = (offset + start) // chunk, keys[: stop - start]
         for row in range(len(scores)):
-            for start in range(begin, end, TILE):
-                stop = min(start + TILE, end)
+            if row == 0 or scores[row] != scores[row - 1]:
                 score(base, experts, scores[row], start, stop, keys, scratch)
-                part = keys[: stop - start]
-                found = count_part(part, marks, lanes, brackets[row], counts[row])
-                tied[row, begin // chunk] += found[0]
-                above[row] += found[1]
-                positive[row] += found[2]
+            low, guess, top = brackets[row]
+            found = above_and_at(part, top - 1, guess)
+            above[row] += found[0]
+            tied[row, place] += found[1]
+            if scores[row] == experts.size:
+                positive[row] += above_and_at(part, 0, 0)[0]
+            if low < guess or top > guess + 1:
+                filled[row] = hold(part, marks, low, guess, top, place, held[row], filled[row])
 
 
 @fused
-def count_part(keys, marks, lanes, bracket, counts):
-    """Return how many keys are at the guess, at or above top, and above 0; count the bracket.
+def above_and_at(keys, bound, guess):
+    """Return how many keys are above a bound, and how many at the guess."""
+    above, at, last, wanted = np.int32(0), np.int32(0), np.int32(bound), np.int32(guess)
+    for i in range(keys.size):
+        above = np.int32(above + np.int32(keys[i] > last))
+        at = np.int32(at + np.int32(keys[i] == wanted))
+    return above, at
 
-    bracket: low, guess, top, and the shifts of its lower half [low, guess) and its upper half
-    (guess, top). counts: int64 [2, 3, BUCKETS]: how many keys fall in each bucket of a half, their
-    offsets in it, and these squared, summed. lanes: int32 [3, LANES], scratch.
-    """
-    low, guess, last = np.int32(bracket[0]), np.int32(bracket[1]), np.int32(bracket[2] - 1)
-    size = keys.size
-    lanes[:] = 0
-    above, equal, zeros = lanes[0], lanes[1], lanes[2]
-    for start in range(0, size, LANES):
-        part, marked = keys[start : start + LANES], marks[start : start + LANES]
-        for i in range(part.size):
-            key = part[i]
-            above[i] += np.int32(key > last)
-            equal[i] += np.int32(key == guess)
-            zeros[i] += np.int32(key == 0)
-            marked[i] = (key >= low) & (key <= last) & (key != guess)
-    for i in range(size, marks.size):
+
+@fused
+def hold(keys, marks, low, guess, top, place, held, filled):
+    """Append the keys in [low, top) other than the guess, with their chunk; return how many."""
+    first, width, wanted = np.int32(low), np.uint32(top - low), np.int32(guess)
+    for i in range(keys.size):
+        marks[i] = (np.uint32(keys[i] - first) < width) & (keys[i] != wanted)
+    for i in range(keys.size, marks.size):
         marks[i] = 0
     # few keys are in the bracket: words of eight marks are passed over at once
     words = marks.view(np.uint64)
-    for place in range(words.size):
-        word = words[place]
+    for number in range(words.size):
+        word = words[number]
         while word:
-            i = 8 * place + (np.int64(trailing_zeros(word)) >> 3)
+            i = 8 * number + (np.int64(trailing_zeros(word)) >> 3)
             word &= word - np.uint64(1)
-            half = 1 if keys[i] > guess else 0
-            origin = np.int64(guess) + 1 if half else np.int64(low)
-            distance, shift = np.int64(keys[i]) - origin, bracket[3 + half]
-            bucket = distance >> shift
-            offset = distance - (bucket << shift)
-            counts[half, 0, bucket] += 1
-            counts[half, 1, bucket] += offset
-            counts[half, 2, bucket] += offset * offset
-    return equal.sum(), above.sum(), size - zeros.sum()
+            if filled < held.shape[1]:
+                held[0, filled], held[1, filled] = keys[i], place
+            filled += 1
+    return filled
+
+
+@fused
+def histogram(base, experts, scores, upper, counts, like):
+    """Count each score's keys by their upper 16 bits, or the lower ones of those that have `upper`.
+
+    upper: int64 [R], -1 to count the upper bits; counts: int64 [R, 2^16], to be added to.
+    """
+    keys, scratch = np.empty(TILE, np.int32), np.empty((2, TILE), like.dtype)
+    for start in range(0, base.size, TILE):
+        stop = min(start + TILE, base.size)
+        for row in range(len(scores)):
+            score(base, experts, scores[row], start, stop, keys, scratch)
+            for i in range(stop - start):
+                if upper[row] < 0:
+                    counts[row, keys[i] >> 16] += 1
+                elif keys[i] >> 16 == upper[row]:
+                    counts[row, keys[i] & 0xFFFF] += 1
 
 
 @fused

@@ -9,6 +9,7 @@ from mergewell.kernels import sparse_ops
 from mergewell.kernels.base import Fused, RawBlock
 from mergewell.kernels.options import selection
 from mergewell.methods.sce import Sce
+from mergewell.tensor_group import CHUNK
 
 
 def merge(method: Sce, block: RawBlock) -> Fused | None:
@@ -17,12 +18,12 @@ def merge(method: Sce, block: RawBlock) -> Fused | None:
     if base is None or statistic not in block.statistics:
         return None
     value = block.statistics[statistic]
-    cut, left = selection(value, block.offset)
+    cut, left = selection(value, block)
     weights = method.weights(value["energy"])
     coefficients = torch.from_numpy(block.coefficients)
     shares = (coefficients * weights.to(coefficients.dtype)).numpy()
     out = np.empty_like(base)
     tally = sparse_ops.select_and_combine(
-        base, block.addresses, cut, left, shares, block.computed.type(method.scale), out
+        base, block.addresses, cut, left, CHUNK, shares, block.computed.type(method.scale), out
     )
     return Fused.of(out, tally)

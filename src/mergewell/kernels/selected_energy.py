@@ -40,7 +40,7 @@ class _Energy(OrderProgram):
         if index < OrderProgram.passes:
             return super().update(done, block, index)
         assert block.base is not None
-        cut, left = selection(self._threshold(done, block.name, block.numel), block.offset)
+        cut, left = selection(self._threshold(done, block.name, block.numel), block)
         sums = np.zeros((-(-block.numel // CHUNK), len(block.experts)), np.float64)
         sparse_ops.energies(
             block.base, block.addresses, cut, left, CHUNK, block.coefficients,

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from mergewell.kernels import four_ops
 from mergewell.kernels.ops import (
     LANES,
     account,
     fused,
+    inlined,
     load,
     magnitude_key,
     part_of,
@@ -30,6 +32,12 @@ NONE_ABOVE = 0x7FFFFFFF
 """A key that no number has."""
 
 
+@inlined
+def lowest(cut, left):
+    """Return the key from which entries are taken, of those at `cut` all (left < 0) or none (0)."""
+    return min(np.int64(cut) + (left == 0), NONE_ABOVE)
+
+
 @fused
 def bound(keys, cut, left, lanes):
     """Return the key from which entries of a tile are taken, and how many ties are left after.
@@ -39,7 +47,7 @@ def bound(keys, cut, left, lanes):
     lanes: int32 [LANES], scratch.
     """
     if left <= 0:
-        return min(np.int64(cut) + (left == 0), NONE_ABOVE), left
+        return lowest(cut, left), left
     wanted = np.int32(cut)
     lanes[:] = 0
     for start in range(0, keys.size, LANES):
@@ -156,26 +164,48 @@ def even(coefficients):
 
 
 @fused
-def trim_and_combine(base, experts, cuts, left, coefficients, options, scale, out) -> Any:
+def trim_and_combine(base, experts, cuts, ties, chunk, coefficients, options, scale, out) -> Any:
     """Store the merge of trimmed task vectors; return the tally.
 
-    cuts, left: [K, 2], see `trimmed`; left is used up. options: those of `combine`.
+    cuts: [K, 2], see `trimmed`; ties: [K, 2, n / chunk + 1], how many entries at each key may be
+    taken from a chunk on (negative: all), and after the last. options: those of `combine`.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
     lanes = np.empty((2, LANES), coefficients.dtype)
     padded = even(coefficients)
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
-    keys, ties = np.empty(TILE, np.int32), np.empty(LANES, np.int32)
+    keys, found = np.empty(TILE, np.int32), np.empty(LANES, np.int32)
+    left = np.empty((experts.size, 2), np.int64)
+    four, table = four_ops.four_of(experts, base), four_ops.factors(coefficients, options)
+    bounds = np.zeros((2, max(experts.size, four_ops.MOST)), np.int32)
     for start in range(0, base.size, TILE):
+        for k in range(experts.size):
+            for side in range(2):
+                if start % chunk == 0:
+                    left[k, side] = of_chunk(ties[k, side], start // chunk)
+                bounds[side, k] = lowest(cuts[k, side], left[k, side])
         stop = min(start + TILE, base.size)
         own, part = base[start:stop], out[start:stop]
         for k in range(experts.size):
-            expert = part_of(experts, k, start, stop, base)
-            watch(expert, marks[0])
-            trimmed(own, expert, cuts[k], left[k], taus[k], keys, ties)
-        combine(taus, padded, options, scale, own, part, scratch)
+            watch(part_of(experts, k, start, stop, base), marks[0])
+        if left.max() <= 0 and four_ops.covers(options):
+            four_ops.trim_and_elect(base, four, start, stop, bounds, table, scale, out)
+        else:
+            for k in range(experts.size):
+                expert = part_of(experts, k, start, stop, base)
+                trimmed(own, expert, cuts[k], left[k], taus[k], keys, found)
+            combine(taus, padded, options, scale, own, part, scratch)
         account(part, own, marks, lanes, sums)
     return tallied(marks, sums)
+
+
+@inlined
+def of_chunk(ties, place):
+    """Return how many ties a chunk takes: all (-1) where they do not run out in it.
+
+    Then, and where there are none left (0), nobody has to count them.
+    """
+    return -1 if ties[place + 1] > 0 else ties[place]
 
 
 @fused
@@ -274,41 +304,61 @@ def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, t
 
 
 @fused
-def energies(base, experts, cut, left, chunk, like, sums):
-    """Add the selected task vectors' squares to sums [n / chunk, K], float64."""
+def energies(base, experts, cut, ties, chunk, like, sums):
+    """Add the selected task vectors' squares to sums [n / chunk, K], float64.
+
+    cut, ties [n / chunk + 1]: see `trim_and_combine`.
+    """
     taus, scratch = np.empty((experts.size, TILE), like.dtype), np.empty((2, TILE), like.dtype)
     keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
-    ties = np.empty(LANES, np.int32)
-    lanes = np.empty(LANES, np.float64)
-    for begin in range(0, base.size, chunk):
-        end = min(begin + chunk, base.size)
-        for start in range(begin, end, TILE):
-            stop = min(start + TILE, end)
-            left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
+    found, lanes = np.empty(LANES, np.int32), np.empty(LANES, np.float64)
+    four, few = four_ops.four_of(experts, base), np.empty((four_ops.MOST, LANES), np.float64)
+    left = np.int64(0)
+    for start in range(0, base.size, TILE):
+        place, stop = start // chunk, min(start + TILE, base.size)
+        if start % chunk == 0:
+            left = of_chunk(ties, place)
+        if left <= 0 and experts.size <= four_ops.MOST:
+            low = lowest(cut, left)
+            four_ops.selected_squares(base, four, start, stop, low, experts.size, like, few)
             for k in range(experts.size):
-                lanes[:] = 0
-                for first in range(0, stop - start, LANES):
-                    tau = taus[k, first : min(first + LANES, stop - start)]
-                    for i in range(tau.size):
-                        lanes[i] += np.float64(tau[i] * tau[i])
-                sums[begin // chunk, k] += lanes.sum()
+                sums[place, k] += few[k].sum()
+            continue
+        left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, found)
+        for k in range(experts.size):
+            lanes[:] = 0
+            for first in range(0, stop - start, LANES):
+                tau = taus[k, first : min(first + LANES, stop - start)]
+                for i in range(tau.size):
+                    lanes[i] += np.float64(tau[i] * tau[i])
+            sums[place, k] += lanes.sum()
 
 
 @fused
-def select_and_combine(base, experts, cut, left, coefficients, scale, out) -> Any:
-    """Store the merge of what is selected and agrees in sign; return the tally."""
+def select_and_combine(base, experts, cut, ties, chunk, coefficients, scale, out) -> Any:
+    """Store the merge of what is selected and agrees in sign; return the tally.
+
+    cut, ties [n / chunk + 1]: see `trim_and_combine`.
+    """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
     lanes = np.empty((2, LANES), coefficients.dtype)
-    padded = even(coefficients)
+    padded, options = even(coefficients), (True, False, False, 2, experts.size)
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
     keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
-    ties = np.empty(LANES, np.int32)
+    found, left = np.empty(LANES, np.int32), np.int64(0)
+    four, table = four_ops.four_of(experts, base), four_ops.factors(coefficients, options)
     for start in range(0, base.size, TILE):
-        stop = min(start + TILE, base.size)
+        place, stop = start // chunk, min(start + TILE, base.size)
+        if start % chunk == 0:
+            left = of_chunk(ties, place)
         own, part = base[start:stop], out[start:stop]
         for k in range(experts.size):
             watch(part_of(experts, k, start, stop, base), marks[0])
-        left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties)
-        combine(taus, padded, (True, False, False, 2, experts.size), scale, own, part, scratch)
+        if left <= 0 and four_ops.covers(options):
+            low = lowest(cut, left)
+            four_ops.select_and_elect(base, four, start, stop, low, experts.size, table, scale, out)
+        else:
+            left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, found)
+            combine(taus, padded, options, scale, own, part, scratch)
         account(part, own, marks, lanes, sums)
     return tallied(marks, sums)

@@ -1,11 +1,11 @@
 """Exact order statistics in about one reading of the weights: guess from a sample, then count.
 
-A few elements are sampled and the wanted ranks guessed from them. One pass counts how many entries
-lie above a narrow bracket around each guess, how many equal the guess, and the rest of the bracket
-in buckets. If the rank falls on the guess, or on a bucket whose keys are all the same, it is known
-exactly; if not, the bucket (or what lies beside the bracket) is the next bracket. Never more than
-five passes of counting; of fine-tunes in bfloat16, whose task vectors have few distinct values,
-one is the rule.
+A few elements are sampled and the wanted ranks guessed from them, with a narrow bracket around each
+guess. One pass counts how many entries lie above the bracket and how many equal the guess, and
+holds the few others that the bracket has. If the rank falls into the bracket, it is known exactly,
+and so are its ties. If it does not, or more are in the bracket than are to be held, two passes
+count upper and lower halves of the bits. Of fine-tunes in bfloat16, whose task vectors have few
+distinct values, and of most others, one pass is the rule.
 
 Shapes: S scores, R ranks asked of each, C chunks of a tensor.
 """
@@ -13,7 +13,7 @@ Shapes: S scores, R ranks asked of each, C chunks of a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,23 +24,28 @@ from torch import Tensor
 
 from mergewell.kernels import order_ops
 from mergewell.kernels.base import Program, RawBlock
-from mergewell.kernels.order_ops import BUCKETS, RUN
+from mergewell.kernels.order_ops import RUN
 from mergewell.statistics.base import State
 from mergewell.statistics.ops import OrderStatistic
 from mergewell.tensor_group import CHUNK, Value
 
-_SAMPLE = 1 << 15
-"""Elements of a large tensor that are sampled, about."""
+_SAMPLE = (1 << 15, 1 << 18)
+"""Least and most elements of a large tensor that are sampled, about."""
 
 _SPARSE = 16
 """A sample is at most this part of a tensor."""
 
-_MARGIN = 3.0
-"""Half the width of a bracket in units of sqrt(size of the sample): six deviations and more of what
-independent draws would do, since neighbours are alike."""
+_COARSE = 1024
+"""A sample is this part of a very large tensor, and of a whole model."""
 
-_COUNTING = 5
-"""Passes of counting: a miss leaves 2^31 keys, and each further one a 2048th of them."""
+_DEVIATIONS = 6.0
+"""Half the width of a bracket, in deviations that independent draws would have: so many, since
+neighbours are alike."""
+
+_HELD = 1 << 21
+"""Entries beside a guess that are held, of all that one score ranks."""
+
+_GUESS, _COUNT, _UPPER, _LOWER, _TIES = range(5)
 
 _TOP = 1 << 31
 """Above all keys."""
@@ -56,8 +61,11 @@ class _Row:
     score: int
     rank: int
     low: int = 0
-    guess: int = -1
+    guess: int = 0
     top: int = _TOP
+    """The bracket [low, top) around the guess."""
+    upper: int = -1
+    """The upper bits of the key, once they were counted; the rank is that among these then."""
     key: int = -1
     """Found, or -1."""
     left: int = 0
@@ -71,11 +79,17 @@ class _Row:
     def cuts(self) -> bool:
         return self.key >= 0 and self.equal > self.left
 
-    def bracket(self) -> NDArray[np.int64]:
-        guess = self.guess if self.guess >= 0 else self.low - 1
-        return np.array(
-            [self.low, guess, self.top, _shift(guess - self.low), _shift(self.top - guess - 1)]
-        )
+    def found(self, key: int, left: int, equal: int) -> None:
+        self.key, self.left, self.equal = key, left, equal
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The entries of a bracket beside its guess: their keys and chunks, and how many there were."""
+
+    name: str
+    keys: NDArray[np.int32]
+    chunks: NDArray[np.int32]
 
 
 class OrderProgram(Program):
@@ -83,7 +97,7 @@ class OrderProgram(Program):
 
     statistic: OrderStatistic
 
-    passes = 1 + _COUNTING + 1
+    passes = _TIES + 1
 
     def __init__(self, statistic: OrderStatistic, *, variance: bool = False) -> None:
         """Rank the magnitudes of the task vectors, or else the variance over the experts."""
@@ -97,49 +111,54 @@ class OrderProgram(Program):
 
     def wanted(self, done: State, name: str, index: int) -> bool:
         """Return whether a tensor is read in this pass: only while its ranks are open."""
-        if index == 0:
+        if index == _GUESS:
             return True
         rows = _rows(done, self._owner(name))
-        if index <= _COUNTING:
+        if index < _TIES:
             return any(row.key < 0 for row in rows)
         return self.statistic.cuts_ties and any(row.cuts and not row.ties_known for row in rows)
 
     def update(self, done: State, block: RawBlock, index: int) -> State:
-        """Return a block's sample, its counts within the brackets, or its ties by chunk."""
+        """Return a block's sample, what its brackets hold, a histogram, or its ties by chunk."""
         owner = self._owner(block.name)
-        if index == 0:
+        if index == _GUESS:
             return self._sampled(block, owner)
         rows = _rows(done, owner)
-        if index <= _COUNTING:
-            return self._counted(block, owner, rows)
-        return {f"{block.name}:ties": self._ties(block, rows)}
+        if index == _COUNT:
+            return self._counted(block, owner, rows, int(done[f"{owner}:numel"]))
+        if index == _TIES:
+            return {f"{block.name}:ties": self._ties(block, rows)}
+        assert block.base is not None
+        open_rows = [row for row in rows if row.key < 0]
+        counts = np.zeros((len(open_rows), 1 << 16), np.int64)
+        order_ops.histogram(
+            block.base, block.addresses, self._scores_of(block, open_rows),
+            np.array([row.upper for row in open_rows]), counts, block.coefficients,
+        )  # fmt: skip
+        return {f"{owner}:histogram": torch.from_numpy(counts)}
 
     def advance(self, done: State, summed: State, index: int) -> State:
-        """Return the state with guesses, narrower brackets, keys or ties found."""
+        """Return the state with guesses, keys, halves of keys, or ties found."""
         result = dict(done)
-        if index == 0:
+        if index == _GUESS:
             for key in [key for key in summed if key.endswith(":numel")]:
                 owner = key.removesuffix(":numel")
+                result[key] = summed[key]
                 result[f"{owner}:rows"] = _packed(self._guessed(summed, owner))
-            return result
-        if index > _COUNTING:
+        elif index == _COUNT:
+            for key in [key for key in summed if key.endswith(":above")]:
+                self._look_into_brackets(result, summed, key.removesuffix(":above"))
+        elif index == _TIES:
             for key, ties in summed.items():
                 result[key] = result[key] + ties if key in result else ties
-            return result
-        for key in [key for key in summed if key.endswith(":above")]:
-            owner = key.removesuffix(":above")
-            rows = _rows(done, owner)
-            if self._variance and index == 1:
-                self._rank(rows, int(summed[f"{owner}:numel"]), summed[f"{owner}:positive"])
-            open_rows = [i for i, row in enumerate(rows) if row.key < 0]
-            tied = self._tied_at_guess(summed, owner)
-            for place, i in enumerate(open_rows):
-                above, equal = int(summed[key][place]), int(tied[place])
-                _narrow(rows[i], above, equal, summed[f"{owner}:counts"][place])
-            result[f"{owner}:rows"] = _packed(rows)
-            for name in [name for name in summed if name.endswith(":tied")]:
-                if self._owner(name.removesuffix(":tied")) == owner:
-                    self._keep_ties(result, name, rows, open_rows, summed[name])
+        else:
+            for key, counts in summed.items():
+                owner = key.removesuffix(":histogram")
+                rows = _rows(done, owner)
+                open_rows = [row for row in rows if row.key < 0]
+                for row, found in zip(open_rows, counts.numpy(), strict=True):
+                    _halve(row, found)
+                result[f"{owner}:rows"] = _packed(rows)
         return result
 
     def value(self, done: State, name: str, numel: int) -> Value:
@@ -159,14 +178,21 @@ class OrderProgram(Program):
     def _owner(self, name: str) -> str:
         return name if self.statistic.scope == "tensor" else ""
 
+    def _scores_of(self, block: RawBlock, rows: Sequence[_Row]) -> NDArray[np.int64]:
+        scores = self.scores(block)
+        return np.array([scores[row.score] for row in rows])
+
     def _sampled(self, block: RawBlock, owner: str) -> State:
         assert block.base is not None
-        whole = self.statistic.scope == "tensor"
-        stride = max(_SPARSE, block.numel // _SAMPLE if whole else 1024) * RUN
+        stride = _COARSE
+        if self.statistic.scope == "tensor":
+            least, most = _SAMPLE
+            size = min(max(block.numel // _COARSE, least), most)
+            stride = max(_SPARSE, block.numel // size)
         scores = np.array(self.scores(block))
-        keys = np.empty((len(scores), -(-block.base.size // stride) * RUN), np.int32)
+        keys = np.empty((len(scores), -(-block.base.size // (stride * RUN)) * RUN), np.int32)
         filled = order_ops.sample(
-            block.base, block.addresses, scores, stride, block.coefficients, keys
+            block.base, block.addresses, scores, stride * RUN, block.coefficients, keys
         )
         place = f"{owner}:sample:{block.name}:{block.offset:020d}"
         return {
@@ -177,132 +203,129 @@ class OrderProgram(Program):
     def _guessed(self, summed: State, owner: str) -> list[_Row]:
         prefix = f"{owner}:sample:"
         parts = [summed[key] for key in sorted(summed) if key.startswith(prefix)]
-        keys = torch.cat(parts, dim=1).numpy()
+        keys = np.sort(torch.cat(parts, dim=1).numpy(), axis=1)
         numel, size = int(summed[f"{owner}:numel"]), keys.shape[1]
         positive = torch.from_numpy((keys > 0).sum(1)) * numel // size
         ranks = self.statistic.ranks(0, torch.full((len(keys),), numel), positive)
         rows: list[_Row] = []
         for score, asked in enumerate(cast("list[list[int]]", ranks.tolist())):
             for rank in asked:
-                if rank == 0:
-                    rows.append(_Row(score, 0, key=_NOBODY))
-                    continue
-                middle, margin = rank / numel * size, _MARGIN * math.sqrt(size)
-                places = [int(middle + margin), int(middle), math.floor(middle - margin)]
-                inside = [min(max(size - 1 - place, 0), size - 1) for place in places]
-                low, guess, high = (int(k) for k in _select(keys[score], inside))
-                low = low if places[0] < size else 0
-                top = high + 1 if places[2] >= 0 else _TOP
-                rows.append(_Row(score, rank, low, guess, top))
+                share = min(rank / numel, 1.0)
+                margin = 2 + _DEVIATIONS * math.sqrt(size * share * (1 - share))
+                places = [share * size + margin, share * size, math.floor(share * size - margin)]
+                inside = [min(max(size - 1 - int(place), 0), size - 1) for place in places]
+                low, guess, high = (int(keys[score, place]) for place in inside)
+                row = _Row(score, rank, low if places[0] < size else 0, guess)
+                row.top = high + 1 if places[2] >= 0 else _TOP
+                row.key = _NOBODY if rank == 0 else -1
+                rows.append(row)
         return rows
 
-    def _counted(self, block: RawBlock, owner: str, rows: list[_Row]) -> State:
+    def _counted(self, block: RawBlock, owner: str, rows: list[_Row], numel: int) -> State:
         assert block.base is not None
-        scores, first = self.scores(block), block.offset // CHUNK
-        open_rows = [i for i, row in enumerate(rows) if row.key < 0]
+        open_rows = [row for row in rows if row.key < 0]
         size = len(open_rows)
-        counts = np.zeros((size, 2, 3, BUCKETS), np.int64)
+        room = 1 + block.base.size * min(numel // 4, _HELD) // numel
+        held, filled = np.empty((size, 2, room), np.int32), np.zeros(size, np.int64)
         tied = np.zeros((size, -(-block.numel // CHUNK)), np.int64)
         above, positive = np.zeros(size, np.int64), np.zeros(size, np.int64)
         order_ops.count(
-            block.base, block.addresses, np.array([scores[rows[i].score] for i in open_rows]),
-            np.stack([rows[i].bracket() for i in open_rows]), CHUNK, counts, tied[:, first:],
-            above, positive, block.coefficients,
+            block.base, block.addresses, self._scores_of(block, open_rows),
+            np.array([[row.low, row.guess, row.top] for row in open_rows]), CHUNK, block.offset,
+            tied, above, positive, held, filled, block.coefficients,
         )  # fmt: skip
-        return {
+        state = {
             f"{owner}:above": torch.from_numpy(above),
-            f"{owner}:counts": torch.from_numpy(counts),
             f"{owner}:positive": torch.from_numpy(positive),
-            f"{owner}:numel": torch.tensor(block.base.size),
+            f"{owner}:inside": torch.from_numpy(filled),
             f"{block.name}:tied": torch.from_numpy(tied),
         }
+        for place, count in enumerate(np.minimum(filled, room).tolist()):
+            if count:  # a copy: what has room for more is not kept
+                part = torch.from_numpy(held[place, :, :count].copy())
+                state[f"{block.name}:held:{place}:{block.offset:020d}"] = part
+        return state
+
+    def _look_into_brackets(self, result: dict[str, Tensor], summed: State, owner: str) -> None:
+        """Find the keys of one owner's rows, and their ties by chunk, where brackets have them."""
+        rows = _rows(result, owner)
+        if self._variance:
+            numel = result[f"{owner}:numel"].reshape(1)
+            ranks = self.statistic.ranks(0, numel, summed[f"{owner}:positive"]).flatten()
+            for row, rank in zip(rows, cast("list[int]", ranks.tolist()), strict=True):
+                row.rank = rank
+        suffix = ":tied"
+        names = [key.removesuffix(suffix) for key in summed if key.endswith(suffix)]
+        names = [name for name in names if self._owner(name) == owner]
+        tied = {name: summed[name + suffix] for name in names}
+        ties = {name: part.new_zeros(len(rows), part.shape[1]) for name, part in tied.items()}
+        for place, i in enumerate(i for i, row in enumerate(rows) if row.key < 0):
+            row = rows[i]
+            held = [part for name in names for part in _held(summed, name, place)]
+            kept = sum(part.keys.size for part in held)
+            if row.rank == 0:
+                row.key = _NOBODY
+            elif kept == int(summed[f"{owner}:inside"][place]):
+                equal = int(sum(int(part[place].sum()) for part in tied.values()))
+                _look(row, int(summed[f"{owner}:above"][place]), equal, held)
+            if row.key == row.guess:
+                for name in names:
+                    ties[name][i] = tied[name][place]
+            for part in held:
+                at = part.chunks[part.keys == row.key]
+                counts = np.bincount(at, minlength=ties[part.name].shape[1])
+                ties[part.name][i] += torch.from_numpy(counts)
+            row.ties_known = int(row.key >= 0)
+        result[f"{owner}:rows"] = _packed(rows)
+        result |= {f"{name}:ties": part for name, part in ties.items()}
 
     def _ties(self, block: RawBlock, rows: list[_Row]) -> Tensor:
         assert block.base is not None
-        scores, first = self.scores(block), block.offset // CHUNK
+        first = block.offset // CHUNK
         tied = np.zeros((len(rows), -(-block.numel // CHUNK)), np.int64)
         wanted = [row.key if row.cuts and not row.ties_known else -1 for row in rows]
         order_ops.count_ties(
-            block.base, block.addresses, np.array([scores[row.score] for row in rows]),
+            block.base, block.addresses, self._scores_of(block, rows),
             np.array(wanted), CHUNK, tied[:, first:], block.coefficients,
         )  # fmt: skip
         return torch.from_numpy(tied)
 
-    def _rank(self, rows: list[_Row], numel: int, positive: Tensor) -> None:
-        """Set the ranks that depend on how many scores are positive, now that this is known."""
-        ranks = self.statistic.ranks(0, torch.full((len(positive),), numel), positive).flatten()
-        for row, rank in zip(rows, cast("list[int]", ranks.tolist()), strict=True):
-            row.rank = rank
 
-    def _tied_at_guess(self, summed: State, owner: str) -> Tensor:
-        names = [key for key in summed if key.endswith(":tied")]
-        own = [key for key in names if self._owner(key.removesuffix(":tied")) == owner]
-        return torch.stack([summed[key].sum(1) for key in own]).sum(0)
-
-    def _keep_ties(
-        self,
-        result: dict[str, Tensor],
-        key: str,
-        rows: list[_Row],
-        open_rows: list[int],
-        tied: Tensor,
-    ) -> None:
-        """Keep the ties, by chunk, of the rows whose key was just found to be the guess."""
-        name = f"{key.removesuffix(':tied')}:ties"
-        ties = result[name].clone() if name in result else tied.new_zeros(len(rows), tied.shape[1])
-        for place, i in enumerate(open_rows):
-            if rows[i].ties_known:
-                ties[i] = tied[place]
-        result[name] = ties
-
-
-def _narrow(row: _Row, above: int, tied: int, counts: Tensor) -> None:
-    """Find the key of a row, or its next bracket, from what was counted in this one."""
-    low, guess, top, lower, upper = (int(x) for x in row.bracket())
-    if row.rank == 0:
-        row.key = _NOBODY
+def _look(row: _Row, above: int, tied: int, held: Sequence[_Held]) -> None:
+    """Find the key of a row in its bracket, all of which is known, if it is there."""
+    keys = np.sort(np.concatenate([*(part.keys for part in held), np.empty(0, np.int32)]))
+    higher = len(keys) - int(np.searchsorted(keys, row.guess))
+    rank = row.rank - above  # within the bracket
+    if not 0 < rank <= len(keys) + tied:
         return
-    if row.rank <= above:
-        row.low, row.guess, row.top = top, -1, _TOP
+    if higher < rank <= higher + tied:
+        row.found(row.guess, rank - higher, tied)
         return
-    for half, origin, shift in ((1, guess + 1, upper), (0, low, lower)):
-        if half == 0 and guess >= low:
-            above += tied
-            if row.rank <= above:
-                row.key, row.left, row.equal = guess, row.rank - (above - tied), tied
-                row.ties_known = 1
-                return
-        found, offsets, squares = cast("list[list[int]]", counts[half].tolist())
-        for bucket in range(BUCKETS - 1, -1, -1):
-            if not found[bucket]:
-                continue
-            above += found[bucket]
-            if row.rank > above:
-                continue
-            first = origin + (bucket << shift)
-            # by Cauchy and Schwarz; sums that may have overflowed are not believed
-            same = found[bucket] * squares[bucket] == offsets[bucket] ** 2
-            if same and (found[bucket] << (2 * shift)) < 1 << 62:
-                row.key = first + offsets[bucket] // found[bucket]
-                row.left, row.equal = row.rank - (above - found[bucket]), found[bucket]
-            else:
-                row.low, row.guess = first, -1
-                row.top = min(first + (1 << shift), top if half else guess)
-            return
-    row.low, row.guess, row.top = 0, -1, low
+    key = int(keys[len(keys) - (rank if rank <= higher else rank - tied)])
+    first, last = (int(np.searchsorted(keys, key, side)) for side in ("left", "right"))
+    before = len(keys) - last + (tied if key < row.guess else 0)
+    row.found(key, rank - before, last - first)
 
 
-def _shift(width: int) -> int:
-    """Return by how much distances below `width` are shifted to fit the buckets."""
-    return max(0, math.ceil(math.log2(max(1, width) / BUCKETS)))
+def _halve(row: _Row, counts: NDArray[np.int64]) -> None:
+    """Find the upper bits of a row's key, or then the lower ones, in a histogram of them."""
+    reached = np.cumsum(counts[::-1])
+    at = int(np.searchsorted(reached, row.rank))
+    half = len(counts) - 1 - at
+    row.rank -= int(reached[at] - counts[half])
+    if row.upper < 0:
+        row.upper = half
+    else:
+        row.found(row.upper << 16 | half, row.rank, int(counts[half]))
 
 
-def _select(keys: NDArray[np.int32], places: list[int]) -> NDArray[np.int32]:
-    """Return the keys that would stand at these places if they were sorted."""
-    return np.partition(keys, sorted(set(places)))[places]
+def _held(summed: State, name: str, place: int) -> list[_Held]:
+    prefix = f"{name}:held:{place}:"
+    parts = [summed[key].numpy() for key in sorted(summed) if key.startswith(prefix)]
+    return [_Held(name, keys, chunks) for keys, chunks in parts]
 
 
-_FIELDS = ("score", "rank", "low", "guess", "top", "key", "left", "equal", "ties_known")
+_FIELDS = tuple(_Row.__dataclass_fields__)
 
 
 def _packed(rows: list[_Row]) -> Tensor:
