@@ -47,3 +47,10 @@ def test_settings_make_any_component() -> None:
     assert ties.parameters()["density"] == 0.3
     with pytest.raises(RecipeError, match=r"^There is no method 'x'"):
         from_settings(METHODS, "x", [])
+
+
+def test_a_calibration_goes_into_the_recipe() -> None:
+    recipe = recipe_from_flags(
+        base="b", experts=["a"], method="m_ties", settings=[], calibration="seen.safetensors"
+    )
+    assert recipe.calibration == "seen.safetensors"

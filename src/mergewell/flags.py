@@ -28,6 +28,7 @@ def recipe_from_flags(
     settings: Sequence[str],
     seed: int = 0,
     dtype: str | None = None,
+    calibration: str | None = None,
 ) -> Recipe:
     """Return the recipe that flags describe: `--expert PATH[:coefficient]`, `--set key=value`.
 
@@ -48,6 +49,8 @@ def recipe_from_flags(
         data["base"] = base
     if dtype is not None:
         data["dtype"] = dtype
+    if calibration is not None:
+        data["calibration"] = calibration
     return make_recipe(data, where="flags")
 
 

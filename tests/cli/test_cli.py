@@ -29,8 +29,8 @@ FROZEN = {
     },
     "plan": {"--json", "--workers"},
     "merge": {
-        "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--resume",
-        "--workers", "--shard", "--engine", "--device", "--hash", "--companion",
+        "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--calibration",
+        "--resume", "--workers", "--shard", "--engine", "--device", "--hash", "--companion",
         "--print-recipe", "--json",
     },
     "calibrate": {
@@ -52,6 +52,9 @@ FROZEN = {
     },
     "extract": {
         "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
+    },
+    "align": {
+        "--to", "--data", "--match", "--model-factory", "--samples", "--seed", "--out", "--json",
     },
 }  # fmt: skip
 
@@ -430,7 +433,13 @@ def test_flags_beside_a_recipe_are_refused_and_not_ignored(
     base, experts = family(tmp_path)
     file = tmp_path / "recipe.yaml"
     file.write_text(mergewell_here("merge", *flags(base, experts), "--print-recipe").stdout)
-    for flag in (("--method", "dare"), ("--seed", "7"), ("--dtype", "float32"), ("--set", "a=1")):
+    for flag in (
+        ("--method", "dare"),
+        ("--seed", "7"),
+        ("--dtype", "float32"),
+        ("--set", "a=1"),
+        ("--calibration", "c"),
+    ):
         refused(mergewell_here("merge", str(file), *flag, "--out", str(tmp_path / "x")), flag[0])
     assert not (tmp_path / "x").exists()
 

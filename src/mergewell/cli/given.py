@@ -27,6 +27,7 @@ def chosen_recipe(
     settings: Sequence[str],
     seed: int | None = None,
     dtype: str | None = None,
+    calibration: str | None = None,
 ) -> Recipe:
     """Return the recipe in a file, or the one that flags make.
 
@@ -36,11 +37,11 @@ def chosen_recipe(
     if recipe_file is None:
         return recipe_from_flags(
             base=base, experts=experts, method=method or "average", settings=settings,
-            seed=seed or 0, dtype=dtype,
+            seed=seed or 0, dtype=dtype, calibration=calibration,
         )  # fmt: skip
     flags = {
         "--base": base, "--expert": experts or None, "--method": method, "--set": settings or None,
-        "--seed": seed, "--dtype": dtype,
+        "--seed": seed, "--dtype": dtype, "--calibration": calibration,
     }  # fmt: skip
     beside = [flag for flag, value in flags.items() if value is not None]
     if beside:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mergewell.cli.align import align
 from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
@@ -134,6 +135,9 @@ def merge(
     set_: Settings = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random methods; 0 if absent.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Stored dtype; the base's if absent.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What `calibrate` made, for such methods.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
     workers: Workers = None,
     shard: Annotated[
@@ -162,9 +166,9 @@ def merge(
 
     commands.merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
-        seed=seed, dtype=dtype, resume=resume, workers=workers, shard=shard, engine=engine,
-        device=device, hash_kind=hash_, companion=companion, print_recipe=print_recipe,
-        as_json=json,
+        seed=seed, dtype=dtype, calibration=calibration, resume=resume, workers=workers,
+        shard=shard, engine=engine, device=device, hash_kind=hash_, companion=companion,
+        print_recipe=print_recipe, as_json=json,
     )  # fmt: skip
 
 
@@ -270,6 +274,7 @@ app.command()(repair)
 app.command()(restore)
 app.command()(learn)
 app.command()(extract)
+app.command()(align)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,6 +52,7 @@ def merge(
     settings: Sequence[str],
     seed: int | None,
     dtype: str | None,
+    calibration: str | None,
     resume: bool,
     workers: int | None,
     shard: str | None,
@@ -65,7 +66,7 @@ def merge(
     """Merge by a recipe file or by flags."""
     recipe = chosen_recipe(
         recipe_file, base=base, experts=experts, method=method, settings=settings, seed=seed,
-        dtype=dtype,
+        dtype=dtype, calibration=calibration,
     )  # fmt: skip
     if print_recipe:
         print(recipe.to_yaml(), end="")
