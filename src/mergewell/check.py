@@ -15,22 +15,17 @@ from mergewell.calibration.models import require_same
 from mergewell.calibration.result import Calibration
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
-from mergewell.diagnostics.ops import measure_matrices
+from mergewell.diagnostics.ops import measure_matrices, measure_task_vectors
 from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 from mergewell.report.results import Check, Cutoffs
 from mergewell.report.results import LayerMLoss as LayerRow
-from mergewell.run import Values, measure_weights
-from mergewell.statistics.inner_products import InnerProducts
-from mergewell.statistics.sign_conflict import SignConflict
-from mergewell.statistics.sums import Sums
+from mergewell.run import measure_weights
+from mergewell.statistics.task_vector_sums import TaskVectorSums
 from mergewell.statistics.top_conflict import TopConflict
 
-_PRODUCTS = InnerProducts(of="base_and_task_vectors")
-_CONFLICT = SignConflict()
-_SUMS = Sums()
 _TOP = TopConflict()
 
 
@@ -59,20 +54,20 @@ def check(
         raise RecipeError("A check compares experts with their base; name it with --base.")
     if calibration is not None:
         require_same(plan, calibration)
-    values = _weights(plan, on_step, deep=deep)
+    sums = _weights(plan, on_step)
     if calibration is None and data is not None:
         calibration = calibrate(plan, data, on_step=on_step)
     layers = calibration.m_loss if calibration is not None else ()
     uncovered = dict(calibration.head.uncovered) if calibration is not None else {}
     evidence = Evidence(
         experts=tuple(names),
-        products={name: value[_PRODUCTS]["products"] for name, value in values.items()},
-        conflict_mass={name: value[_CONFLICT]["mass"] for name, value in values.items()},
-        conflict_pairs={name: value[_CONFLICT]["pairs"] for name, value in values.items()},
-        sums={name: value[_SUMS]["sums"] for name, value in values.items()},
-        sizes={name: plan.tasks[name].spec.numel for name in values},
+        products={name: found.products for name, found in sums.items()},
+        conflict_mass={name: found.mass for name, found in sums.items()},
+        conflict_pairs={name: found.pairs for name, found in sums.items()},
+        sums={name: found.sums for name, found in sums.items()},
+        sizes={name: plan.tasks[name].spec.numel for name in sums},
         layers=layers,
-        **(_matrices(plan, values, on_step) if deep else {}),
+        **(_matrices(plan, on_step) if deep else {}),
         **_activations(calibration),
     )
     asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
@@ -136,8 +131,16 @@ def build_module(factory: Callable[[], nn.Module], tensors: Mapping[str, Tensor]
     return module
 
 
-def _weights(plan: Plan, on_step: OnStep | None, *, deep: bool) -> dict[str, Values]:
-    statistics = [_PRODUCTS, _CONFLICT, _SUMS, *([_TOP] if deep else [])]
+def _weights(plan: Plan, on_step: OnStep | None) -> dict[str, TaskVectorSums]:
+    found = measure_task_vectors(plan, on_progress=_progress(plan, "weights", on_step))
+    for name, sums in found.items():
+        if not bool(sums.products.isfinite().all()):
+            explain_not_finite(plan, name)
+    return found
+
+
+def _progress(plan: Plan, step: str, on_step: OnStep | None) -> Callable[[int], None]:
+    """Return what adds up the bytes of the weights that were read, and tells their sum."""
     total = sum(t.spec.nbytes for t in plan.tasks.values() if t.copied_from is None)
     done = 0
 
@@ -145,25 +148,22 @@ def _weights(plan: Plan, on_step: OnStep | None, *, deep: bool) -> dict[str, Val
         nonlocal done
         done += count
         if on_step is not None:
-            on_step("weights", done, total)
+            on_step(step, done, total)
 
-    values = measure_weights(plan, statistics, on_progress=progress)
-    for name, value in values.items():
-        if not bool(value[_PRODUCTS]["products"].isfinite().all()):
-            explain_not_finite(plan, name)
-    return values
+    return progress
 
 
-def _matrices(plan: Plan, values: Mapping[str, Values], on_step: OnStep | None) -> dict[str, Any]:
+def _matrices(plan: Plan, on_step: OnStep | None) -> dict[str, Any]:
     """Return what takes long to find in the weights, by the evidence's names."""
 
     def progress(done: int, total: int) -> None:
         if on_step is not None:
             on_step("matrices", done, total)
 
+    ranked = measure_weights(plan, [_TOP], on_progress=_progress(plan, "ranks", on_step))
     matrices = measure_matrices(plan, on_progress=progress)
     return {
-        "top_conflicts": {name: value[_TOP]["conflicts"] for name, value in values.items()},
+        "top_conflicts": {name: value[_TOP]["conflicts"] for name, value in ranked.items()},
         "subspaces": matrices.measured,
         "unmeasured": matrices.unmeasured,
     }

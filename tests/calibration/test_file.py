@@ -75,7 +75,7 @@ def test_a_state_that_is_missing_is_named(tmp_path: Path) -> None:
     whole = calibration(0)
     path = tmp_path / "c.safetensors"
     write_calibration(path, replace(whole, head=replace(whole.head, blocks=("layer.0",))))
-    with pytest.raises(CheckpointError, match=r"cka/layer\.0 is missing"):
+    with pytest.raises(CheckpointError, match=r"drift/layer\.0 is missing"):
         read_calibration(path)
     with pytest.raises(DataError, match=r"holds no gram of x"):
         whole.value("gram", "x")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mergewell.diagnostics.base import Evidence
-from mergewell.diagnostics.cka import Cka, similarities
+from mergewell.diagnostics.cka import Cka
+from mergewell.statistics.activation_cka import linear_cka
 
 
 def hsic(x: Tensor, y: Tensor) -> float:
@@ -32,7 +33,7 @@ def features(models: int, samples: int, width: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(20, 7), (7, 20), (5, 5), (4, 6)])
 def test_as_the_textbook_formula(shape: tuple[int, int]) -> None:
     models = features(3, *shape).double()
-    found = similarities(models)
+    found = linear_cka(models)
     for i, x in enumerate(models):
         for j, y in enumerate(models):
             expected = hsic(x, y) / (hsic(x, x) * hsic(y, y)) ** 0.5
@@ -42,7 +43,7 @@ def test_as_the_textbook_formula(shape: tuple[int, int]) -> None:
 def test_it_is_blind_to_rotations_shifts_and_scale() -> None:
     one, two = features(2, 30, 6).double()
     turn = torch.linalg.qr(features(1, 6, 6, 1)[0].double()).Q
-    found = similarities(torch.stack([one, two, -3 * two @ turn + 5]))
+    found = linear_cka(torch.stack([one, two, -3 * two @ turn + 5]))
     assert float(found[0, 1]) == pytest.approx(float(found[0, 2]))
     assert float(found[1, 2]) == pytest.approx(1)
 
@@ -53,14 +54,14 @@ def test_unrelated_features_have_none_where_the_biased_one_is_high() -> None:
     centred = noise - noise.mean(1, keepdim=True)
     grams = [x @ x.T for x in centred]
     biased = (grams[0] * grams[1]).sum() / grams[0].norm() / grams[1].norm()
-    assert float(biased) > 0.8 and abs(float(similarities(noise)[0, 1])) < 0.15
+    assert float(biased) > 0.8 and abs(float(linear_cka(noise)[0, 1])) < 0.15
 
 
 def test_the_finding_reads_the_merge_and_the_experts(plain: Evidence) -> None:
     seen = {"first": features(4, 20, 7), "last": features(4, 20, 7, 1)}
     found = Cka().measure(replace(plain, features=seen))
     assert found is not None
-    cka = {name: similarities(f) for name, f in seen.items()}
+    cka = {name: linear_cka(f) for name, f in seen.items()}
     expected = {name: float((c[1, 3] + c[2, 3]) / 2) for name, c in cka.items()}
     assert found.by_place == pytest.approx(expected)
     assert found.value == pytest.approx(sum(expected.values()) / 2)

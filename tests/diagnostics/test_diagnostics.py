@@ -18,6 +18,7 @@ from mergewell.diagnostics.task_vectors import TaskVectors
 class Layer:
     layer: str
     relative: float
+    kind: str = "activation"
 
 
 # base (3, 4); task vectors (0.3, 0.4) and (0, -1): norms 5, 0.5, 1; cosine -0.8
@@ -66,6 +67,10 @@ def test_m_loss_speaks_of_the_median_and_the_worst_layer() -> None:
     assert finding is not None
     assert (finding.value, finding.where, finding.level) == (0.03, "third", "good")
     assert "third" in finding.advice
+    whole = [Layer("blocks.0", 0.5, "block"), Layer("(output)", 0.9, "output")]
+    assert MLoss().measure(replace(EVIDENCE, layers=[*layers, *whole])) == finding
+    alone = MLoss().measure(replace(EVIDENCE, layers=whole))
+    assert alone is not None and alone.where == "(output)"
     assert MLoss().measure(EVIDENCE) is None
     assert layer_verdict(0.0) == "merging and ensembling are the same here"
     assert layer_verdict(0.3) == "merging and ensembling part here"

@@ -253,3 +253,71 @@ def test_mistakes_are_named() -> None:
     broken[3].weight.data[0] = float("nan")
     with pytest.raises(DataError, match=r"Layer 3: .*not finite"):
         measure_m_loss([net, broken], found, batches=[x], merged=net)
+
+
+class TokenNet(nn.Module):
+    """A layer, its activation and another layer on every token, padding or not."""
+
+    def __init__(self, kind: type[nn.Linear]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = kind(6, 10), kind(10, 3)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class OddLinear(nn.Linear):
+    """Not torch's own forward, so that it may do anything with what surrounds a token."""
+
+    rows: int = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        OddLinear.rows += x[..., 0].numel()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("merged_layers", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_are_run_on_padding_only_where_they_may_look_at_it(
+    mode, merged_layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergewell.models.observe._ELEMENTS", 2 * 7 * 10)  # 2 samples at a time
+    mask = torch.arange(7) < torch.tensor([7, 2, 0, 1, 3, 4, 7, 1, 1])[:, None]
+    batch = {"x": torch.randn(9, 7, 6).double(), "attention_mask": mask.long()}
+    batch["x"][~mask] = 1e6  # would show
+    found = []
+    for kind in (nn.Linear, OddLinear):
+        base = TokenNet(kind).double().eval()
+        experts = [perturbed(base, seed, 0.5) for seed in (1, 2, 3)]
+        units = trace(base, batch)
+        OddLinear.rows = 0
+        found.append(
+            measure_m_loss(
+                experts, units, batches=[batch, batch], mode=mode, merged=averaged(experts),
+                base=base, merged_layers=merged_layers,
+            )[0]
+        )  # fmt: skip
+    packed, whole = found
+    assert OddLinear.rows >= 2 * 4 * mask.numel()
+    assert packed.observations == whole.observations == 2 * int(mask.sum())
+    assert packed.relative == pytest.approx(whole.relative, rel=1e-12) and packed.relative > 0
+    assert packed.absolute == pytest.approx(whole.absolute, rel=1e-12)
+    torch.testing.assert_close(packed.node, whole.node, rtol=1e-9, atol=0)
+    if whole.theory is not None:
+        assert packed.theory is not None
+        torch.testing.assert_close(packed.theory.bound, whole.theory.bound, rtol=1e-9, atol=0)
+    else:
+        assert merged_layers or mode == "own"
+
+
+def test_no_expert_is_given_padding() -> None:
+    mask = torch.arange(7) < torch.tensor([7, 2, 5])[:, None]
+    batch = {"x": torch.randn(3, 7, 6), "attention_mask": mask.long()}
+    base = TokenNet(nn.Linear).eval()
+    experts = [perturbed(base, seed, 0.5) for seed in (1, 2)]
+    merged, seen = averaged(experts), list[int]()
+    for expert in experts:
+        expert.up.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
+    measure_m_loss(experts, trace(base, batch), batches=[batch], merged=merged)
+    assert seen == [int(mask.sum())] * 2

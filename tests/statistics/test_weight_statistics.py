@@ -1,4 +1,4 @@
-"""Inner products, sign conflict and kept norms: by hand, and cut and joined."""
+"""Inner products and kept norms: by hand, and cut and joined."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.kept_norm import KeptNorm
 from mergewell.statistics.magnitude import MagnitudeThreshold
-from mergewell.statistics.sign_conflict import SignConflict
 from mergewell.tensor_group import CHUNK, TensorGroup
 
 STATISTICS = [
-    InnerProducts(of="base_and_task_vectors"),
+    InnerProducts(of="task_vectors"),
     InnerProducts(of="experts"),
-    SignConflict(),
     KeptNorm(density=0.3),
     MagnitudeThreshold(density=0.2),
 ]
@@ -63,19 +61,9 @@ def test_inner_products_by_hand() -> None:
     base = torch.tensor([3.0, 4.0])
     experts = (torch.tensor([3.3, 4.4]), torch.tensor([3.0, 3.0]))
     tensors = TensorGroup("w", experts, torch.ones(2), base)
-    products = tensors.statistic(InnerProducts(of="base_and_task_vectors"))["products"]
-    expected = torch.tensor([[25, 2.5, -4], [2.5, 0.25, -0.4], [-4, -0.4, 1]]).double()
+    products = tensors.statistic(InnerProducts(of="task_vectors"))["products"]
+    expected = torch.tensor([[0.25, -0.4], [-0.4, 1]]).double()
     torch.testing.assert_close(products, expected, atol=1e-5, rtol=0)
-
-
-def test_sign_conflict_by_hand() -> None:
-    base = torch.zeros(2)
-    tensors = TensorGroup(
-        "w", (torch.tensor([0.3, 0.4]), torch.tensor([0.0, -1.0])), torch.ones(2), base
-    )
-    value = tensors.statistic(SignConflict())
-    assert value["mass"].tolist() == pytest.approx([0.9, 1.7])
-    assert value["pairs"][0, 0, 1].item() == pytest.approx(0.4)
 
 
 def test_random_numbers_are_uniform_and_keyed_by_position() -> None:

@@ -295,7 +295,6 @@ class _Collector:
         start = self._starts[number]
         laid = BlockOutputs.of(own, node_dim=node_dim, keep=keep, start=start)
         self._add(f"moments/{place}", laid)
-        self._add(f"cka/{place}", laid)
         self._add(f"drift/{place}", Sides(laid.rows, self._shares))
         self._add(f"features/{place}", SampleFeatures(laid.pooled, start))
 

@@ -81,6 +81,8 @@ def read_calibration(path: str | Path) -> Calibration:
     states: dict[str, dict[str, Tensor]] = {}
     for name, spec in file.specs.items():
         key, _, part = name.rpartition("/")
+        if key.startswith("cka/"):  # of older files; it is now made of the features
+            continue
         tensor = file.read(name, 0, spec.numel).view(spec.shape).clone()
         states.setdefault(key, {})[part] = tensor
     try:
@@ -131,7 +133,7 @@ def join_calibrations(paths: Sequence[str | Path]) -> Calibration:
 
 def _check_states(path: Path, head: Head, states: dict[str, Any]) -> None:
     wanted = {f"m_loss/{unit.name}" for unit in head.units}
-    wanted |= {f"{family}/{b}" for b in head.blocks for family in ("moments", "cka", "drift")}
+    wanted |= {f"{family}/{b}" for b in head.blocks for family in ("moments", "drift", "features")}
     missing = wanted - states.keys()
     strange = [key for key in states if key.partition("/")[0] not in FAMILIES]
     if missing or strange:

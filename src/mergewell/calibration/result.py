@@ -14,7 +14,7 @@ from torch import Tensor
 from mergewell.errors import DataError
 from mergewell.models.capture import LayerMLoss, finished
 from mergewell.models.units import Unit
-from mergewell.statistics.activation_cka import ActivationCka
+from mergewell.statistics.activation_cka import linear_cka
 from mergewell.statistics.activation_drift import ActivationDrift
 from mergewell.statistics.activation_features import ActivationFeatures
 from mergewell.statistics.activation_gram import ActivationGram
@@ -27,7 +27,6 @@ from mergewell.tensor_group import Value
 FAMILIES: Mapping[str, Statistic[Any]] = {
     "m_loss": MLoss(),
     "moments": ActivationMoments(),
-    "cka": ActivationCka(),
     "drift": ActivationDrift(),
     "features": ActivationFeatures(),
     "gram": ActivationGram(),
@@ -132,12 +131,12 @@ class Calibration:
 
     @property
     def cka(self) -> dict[str, Tensor]:
-        """CKA of every two models at each block, [P, P].
+        """CKA of every two models at each block, [P, P]; nan where features do not vary.
 
         Raises:
-            DataError: no batch has enough samples.
+            DataError: there are too few samples.
         """
-        return {block: self.value("cka", block)["cka"] for block in self.head.blocks}
+        return {block: linear_cka(models) for block, models in self.features.items()}
 
     @property
     def drift(self) -> dict[str, Value]:

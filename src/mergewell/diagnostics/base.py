@@ -34,6 +34,11 @@ class LayerLoss(Protocol):
         """Relative layer M-Loss, a fraction of the ensemble's norm."""
         ...
 
+    @property
+    def kind(self) -> str:
+        """What the layer is: `activation`, ..., or a whole `block`, or the `output`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -49,7 +54,7 @@ class Evidence:
     """What remains of the mass when the task vectors are added, and what there was, [2] each."""
 
     conflict_pairs: Mapping[str, Tensor]
-    """The pairs' opposed and whole mass, [2, K, K] for each tensor."""
+    """The pairs' opposed and whole mass, [2, K, K] for each tensor (`TaskVectorSums`)."""
 
     layers: Sequence[LayerLoss] = ()
     """M-Loss by layer; empty without data."""
@@ -58,7 +63,7 @@ class Evidence:
     """Gap between merged and ensembled outputs, a fraction; None without data."""
 
     sums: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Sums of the task vectors' entries, [K] for each tensor (statistic `Sums`)."""
+    """Sums of the task vectors' entries, [K] for each tensor."""
 
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Elements of each tensor."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 from statistics import median
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, level_of
-from mergewell.diagnostics.ops import cosines_of, mean, pair_values, rows_of
-
-FEWEST = 4
-"""Samples below which the unbiased estimator is not defined."""
+from mergewell.diagnostics.ops import mean, pair_values, rows_of
+from mergewell.statistics.activation_cka import FEWEST, linear_cka
 
 
 class Cka(Diagnostic):
@@ -35,7 +32,7 @@ class Cka(Diagnostic):
         """Return the median over blocks of the experts' mean CKA with the merge as the value."""
         if not evidence.features or self.objection(evidence):
             return None
-        matrices = {name: similarities(models) for name, models in evidence.features.items()}
+        matrices = {name: linear_cka(models) for name, models in evidence.features.items()}
         by_place = {name: mean(_defined(cka[1:-1, -1])) for name, cka in matrices.items()}
         by_place = {name: value for name, value in by_place.items() if value == value}
         between = {name: pair_values(cka[1:-1, 1:-1]) for name, cka in matrices.items()}
@@ -73,38 +70,10 @@ class Cka(Diagnostic):
         samples = min((f.shape[1] for f in evidence.features.values()), default=FEWEST)
         if samples < FEWEST:
             return f"CKA needs at least {FEWEST} samples, but there are {samples}."
-        merged = [similarities(f)[1:-1, -1] for f in evidence.features.values()]
+        merged = [linear_cka(f)[1:-1, -1] for f in evidence.features.values()]
         if merged and not any(_defined(row) for row in merged):
             return "CKA compares how features vary over the samples, and they do not vary."
         return ""
-
-
-def similarities(models: Tensor) -> Tensor:
-    """Return the unbiased linear CKA of features [P, N, D] of P models, [P, P]; nan if undefined.
-
-    With centred features the unbiased HSIC is sum (X'Y)^2 and terms in the samples' squared norms
-    alone; the sum is made over N x N or D x D products, whichever are smaller.
-    """
-    wide = models.to(torch.float64)
-    centred = wide - wide.mean(1, keepdim=True)
-    size = centred.abs().amax((1, 2), keepdim=True)
-    # what rounding leaves of features that are all the same does not count as variation
-    varied = size > 1e-12 * wide.abs().amax((1, 2), keepdim=True)
-    centred = torch.where(varied, centred / torch.where(size == 0, 1.0, size), 0.0)
-    samples, width = centred.shape[1:]
-    if samples <= width:
-        grams = (centred @ centred.mT).flatten(1)
-        squares = grams @ grams.T
-    else:
-        squares = torch.stack(
-            [torch.stack([(x.T @ y).square().sum() for y in centred]) for x in centred]
-        )
-    norms = centred.square().sum(2)
-    totals = norms.sum(1)
-    own = norms @ norms.T * (1 + 2 / (samples - 2))
-    hsic = squares - own + totals[:, None] * totals / (samples - 1) / (samples - 2)
-    real = hsic.diagonal() > 1e-9 * totals.square()
-    return cosines_of(torch.where(real[:, None], hsic, 0.0))
 
 
 def _defined(values: Tensor) -> list[float]:

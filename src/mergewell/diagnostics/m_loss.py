@@ -22,10 +22,14 @@ class MLoss(Diagnostic):
     """
 
     def measure(self, evidence: Evidence) -> Finding | None:
-        """Return the median over layers as the value; None without data."""
+        """Return the median over layers as the value; None without data.
+
+        Whole blocks and the network's output hold layers and count only where nothing else does.
+        """
         if not evidence.layers:
             return None
-        losses = {layer.layer: layer.relative for layer in evidence.layers}
+        single = [layer for layer in evidence.layers if layer.kind not in ("block", "output")]
+        losses = {layer.layer: layer.relative for layer in single or evidence.layers}
         worst = max(losses, key=losses.__getitem__)
         middle = median(losses.values())
         return Finding(

@@ -1,4 +1,4 @@
-"""What diagnostics share: matrices of pairs, and the subspaces of a plan's task matrices.
+"""What diagnostics share: matrices of pairs, and what is measured on a plan's weights.
 
 Shapes: K experts, O outputs, I inputs.
 """
@@ -13,12 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergewell.engines.base import make_engine, one_thread_a_worker
 from mergewell.plan import Plan, TensorTask
 from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, cost, measure_subspaces
+from mergewell.statistics.task_vector_sums import TaskVectorSums
 from mergewell.storage.base import Checkpoint
+from mergewell.tensor_group import CHUNK
 
 EXCLUDED = r"embed|(^|[._])(head|heads|lm_head|classifier|score|wte|wpe|pooler|text_projection)\."
 """Names of embeddings and heads, which the papers leave out of what is done to matrices."""
+
+_READ = 8 * CHUNK
+"""Elements of a tensor that a worker takes at a time; it reads a chunk of them at a time."""
 
 BUDGET = 1e12
 """Floating-point operations that decompositions may take: 15 seconds or more on one core."""
@@ -80,6 +86,36 @@ def measure_matrices(
         if on_progress is not None:
             on_progress(done, len(taken))
     return Matrices(measured, {n: left_out[n] for n in plan.tasks if n in left_out})
+
+
+def measure_task_vectors(
+    plan: Plan, *, on_progress: Callable[[int], None] | None = None
+) -> dict[str, TaskVectorSums]:
+    """Return the sums over every floating tensor that is merged, reading each weight once.
+
+    The plan has a base. `on_progress` is called with the bytes of one model that were just read.
+    """
+    tasks = [task for task in plan.tasks.values() if task.copied_from is None]
+    blocks = [(task, start) for task in tasks for start in range(0, max(1, task.spec.numel), _READ)]
+
+    def measure(block: tuple[TensorTask, int]) -> TaskVectorSums:
+        task, start = block
+        total = TaskVectorSums.zero(len(plan.experts))
+        for first in range(start, min(start + _READ, task.spec.numel), CHUNK):
+            last = min(first + CHUNK, task.spec.numel)
+            base = plan.reference.read(task.name, first, last)
+            experts = [expert.read(task.name, first, last) for expert in plan.experts]
+            total = total + TaskVectorSums.of(base, experts)
+        return total
+
+    found: dict[str, TaskVectorSums] = {}
+    with one_thread_a_worker():
+        for (task, start), part in zip(blocks, make_engine().imap(measure, blocks), strict=True):
+            found[task.name] = found[task.name] + part if task.name in found else part
+            if on_progress is not None:
+                width = task.spec.nbytes // max(1, task.spec.numel)
+                on_progress(min(_READ, task.spec.numel - start) * width)
+    return found
 
 
 def pair_values(matrix: Tensor) -> list[float]:

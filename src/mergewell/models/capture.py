@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mergewell.errors import DataError, ModelError, RecipeError, did_you_mean
 from mergewell.models.dataflow import Batch, call, evaluating, parts
-from mergewell.models.observe import HEADS, Averages, observe_own, observing, part_of
+from mergewell.models.observe import HEADS, Averages, observing, part_of
+from mergewell.models.own_path import OwnPaths
 from mergewell.models.trace import Trace
 from mergewell.models.units import CHEAP, Kind, Unit, checked_kinds
 from mergewell.statistics.base import State
@@ -111,11 +112,16 @@ def measure_m_loss(
     shares = coefficients if coefficients is not None else [1 / len(experts)] * len(experts)
     averages = Averages(experts, shares)
     states: dict[str, State] = {unit.name: {} for unit in units}
+    (merged_name, _), *others = models
+    own = OwnPaths([name for name, _ in others[: len(experts)]], merged_name, shares, states)
     done = 0
     with evaluating([model for _, model in models]):
         for batch in batches:
             if mode == "own":
-                observe_own(reference, experts, units, batch, shares, states)
+                for name, model in models:
+                    with own.watching(name, model, units):
+                        call(model, batch)
+                own.compare(units, batch)
             else:
                 with observing(
                     reference,

@@ -108,8 +108,12 @@ class Op:
     """True when the one output holds the same elements as the first input, elsewhere."""
 
 
-class Recorder(TorchDispatchMode):
-    """Records operations, the modules they happen in, and what modules return."""
+class _Recording:
+    """What `Recorder` does.
+
+    Apart from it, since torch would import its compiler (a second) for a mode that defines
+    `__torch_dispatch__` itself.
+    """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -235,6 +239,10 @@ class Recorder(TorchDispatchMode):
             shared = Op(None, name, tuple(inputs), {}, op.module, inputs, [], same)
             self.ops.append(shared)
             self._produce(alias, shared)
+
+
+class Recorder(_Recording, TorchDispatchMode):
+    """Records operations, the modules they happen in, and what modules return."""
 
 
 def geometry(tensor: Tensor) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergewell.models.dataflow import Batch, call
+from mergewell.models.dataflow import Batch
 from mergewell.models.units import Unit
 from mergewell.statistics.base import State
 from mergewell.statistics.m_loss import ActivationBatch, MLoss, identity
@@ -120,19 +120,70 @@ class _Watcher:
         """Observe a pointwise unit, a few samples at a time where its input is but one tensor."""
         alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         size = max(1, _ELEMENTS // max(1, output[0].numel())) if alone else len(output)
-        mask = self.batch.get("attention_mask") if isinstance(self.batch, Mapping) else None
-        keep = _kept(mask, unit.node_dim, output)
+        keep = counting(self.batch, unit.node_dim, output)
+        packs = alone and keep is not None and not bool(keep.all())
+        packs = packs and args[0].shape[:-1] == output.shape[:-1] and self._is_by_row(unit)
+        if packs and keep is not None:
+            self._packed(unit, args[0], output, keep, size)
+            return
         for start in range(0, len(output), size):
             some = slice(start, start + size)
             given = (args[0][some],) if alone else args
-            z = [unit.pre_activations(expert, given, kwargs) for expert in self.experts]
-            merged = None
-            if self.merged is self.reference:
-                merged = _completed(unit, self.reference, given, kwargs, output[some])
-            elif self.merged is not None:
-                merged = unit.pre_activations(self.merged, given, kwargs)
+            z, merged = self._made(unit, given, kwargs, output[some])
             kept = None if keep is None else keep[some]
-            _update(self.states, unit, z, merged, self.coefficients, kept)
+            add_pointwise(self.states, unit, z, merged, self.coefficients, kept)
+
+    def _packed(self, unit: Unit, hidden: Tensor, output: Tensor, keep: Tensor, size: int) -> None:
+        """Observe tokens that are no padding: the layers are run on these alone.
+
+        Layers take so many samples that they are quick, the statistic `size` of them at a time.
+        """
+        counts = [int(count) for count in keep.sum(1)]
+        rows = max(1, _ELEMENTS // output.shape[-1])
+        first = 0
+        while first < len(counts):
+            last = first + size
+            while last < len(counts) and sum(counts[first : last + size]) <= rows:
+                last += size
+            kept = keep[first:last]
+            own = output[first:last][kept] if self.merged is self.reference else output
+            z, merged = self._made(unit, (hidden[first:last][kept],), {}, own)
+            sample_of, begin = kept.nonzero()[:, 0], 0
+            for start in range(first, min(last, len(counts)), size):
+                part = slice(begin, begin := begin + sum(counts[start : start + size]))
+                seen = [tuple(branch[part] for branch in side) for side in z]
+                middle = None if merged is None else tuple(branch[part] for branch in merged)
+                numbers = sample_of[part] - (start - first)
+                add_pointwise(self.states, unit, seen, middle, self.coefficients, None, numbers)
+            first = last
+
+    def _made(
+        self, unit: Unit, args: tuple[Any, ...], kwargs: Any, output: Tensor
+    ) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        """Return every expert's pre-activations, and the merged ones if they are not their mean.
+
+        `output` is what the first branch's layer of the reference made of the same input.
+        """
+        z = [unit.pre_activations(expert, args, kwargs) for expert in self.experts]
+        merged = None
+        if self.merged is self.reference:
+            merged = completed(unit, self.reference, args, kwargs, output)
+        elif self.merged is not None:
+            merged = unit.pre_activations(self.merged, args, kwargs)
+        return z, merged
+
+    def _is_by_row(self, unit: Unit) -> bool:
+        """Return whether a unit's layers are torch's own linear ones, which take rows one by one.
+
+        Another module may do more to its input than its linear map, and gets it as it is.
+        """
+        models = [self.reference, *self.experts, *([self.merged] if self.merged else [])]
+        return all(
+            type(model.get_submodule(branch.layer)).forward is nn.Linear.forward
+            and branch.batch_norm is None
+            for model in models
+            for branch in unit.branches
+        )
 
     def _whole(
         self, unit: Unit, args: Any, kwargs: Any, output: object, heads: Tensor | None
@@ -145,10 +196,10 @@ class _Watcher:
             merged = unit.run(model, args, kwargs)
         else:
             merged = unit.run(self.experts[0], args, kwargs, state=self.averages.of(unit))
-        _update_whole(self.states, unit, seen, merged, self.coefficients, self.batch)
+        add_whole(self.states, unit, seen, merged, self.coefficients, self.batch)
 
 
-def _completed(
+def completed(
     unit: Unit, model: nn.Module, args: Any, kwargs: Any, output: Tensor
 ) -> tuple[Tensor, ...]:
     """Return all branches' pre-activations, given what the first branch's layer returned."""
@@ -159,70 +210,23 @@ def _completed(
     return unit.split(model, made)
 
 
-def observe_own(
-    reference: nn.Module,
-    experts: Sequence[nn.Module],
-    units: Sequence[Unit],
-    batch: Batch,
-    coefficients: Sequence[float],
-    states: dict[str, State],
-) -> None:
-    """Run every model on its own path, then compare unit by unit."""
-    seen = [_own(model, units, batch) for model in (*experts, reference)]
-    for unit in units:
-        if unit.branches:
-            *z, merged = [by_unit[0].pop(unit.name) for by_unit in seen]
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            _update(states, unit, z, merged, coefficients, _kept(mask, unit.node_dim, z[0][0]))
-        else:
-            *outputs, own = [by_unit[1].pop(unit.name) for by_unit in seen]
-            _update_whole(states, unit, outputs, own, coefficients, batch)
-
-
-def _own(
-    model: nn.Module, units: Sequence[Unit], batch: Batch
-) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, tuple[Tensor, Tensor | None]]]:
-    """Return pre-activations and module outputs of one model on its own path, by unit."""
-    pointwise: dict[str, tuple[Tensor, ...]] = {}
-    whole: dict[str, tuple[Tensor, Tensor | None]] = {}
-
-    def watch(unit: Unit, heads: list[Tensor]) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            # copies: what comes after may overwrite the output
-            if unit.branches:
-                z = _completed(unit, model, args, kwargs, output)
-                pointwise[unit.name] = tuple(part.clone() for part in z)
-            else:
-                whole[unit.name] = (unit.first(output).clone(), heads[-1] if heads else None)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for unit in units:
-            heads: list[Tensor] = []
-            handle = unit.watch_heads(model, heads)
-            if handle is not None:
-                hooks.callback(handle.remove)
-            module = model.get_submodule(unit.module)
-            handle = module.register_forward_hook(watch(unit, heads), with_kwargs=True)
-            hooks.callback(handle.remove)
-        call(model, batch)
-    return pointwise, whole
-
-
-def _update(
+def add_pointwise(
     states: dict[str, State],
     unit: Unit,
     z: Sequence[tuple[Tensor, ...]],
     merged: tuple[Tensor, ...] | None,
     coefficients: Sequence[float],
     keep: Tensor | None,
+    sample_of: Tensor | None = None,
 ) -> None:
-    observed = ActivationBatch(z, coefficients, unit.function, unit.node_dim, merged, keep)
+    """Add a pointwise unit's pre-activations to its state."""
+    observed = ActivationBatch(
+        z, coefficients, unit.function, unit.node_dim, merged, keep, sample_of
+    )
     states[unit.name] = MLoss().update(states[unit.name], observed)
 
 
-def _update_whole(
+def add_whole(
     states: dict[str, State],
     unit: Unit,
     seen: Sequence[tuple[Tensor, Tensor | None]],
@@ -230,16 +234,15 @@ def _update_whole(
     coefficients: Sequence[float],
     batch: Batch,
 ) -> None:
-    """Add the modules' outputs and, under their own keys, the heads' values."""
+    """Add a module unit's outputs to its state and, under their own keys, the heads' values."""
     old = states[unit.name]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     new: dict[str, Tensor] = {}
     for index, (prefix, dim) in enumerate((("", unit.node_dim), (HEADS, -1))):
         sides = [part for side in (*seen, merged) if (part := side[index]) is not None]
         if len(sides) != len(seen) + 1:
             continue
         *outputs, middle = sides
-        keep = _kept(mask, dim, outputs[0])
+        keep = counting(batch, dim, outputs[0])
         observed = ActivationBatch(outputs, coefficients, identity, dim, middle, keep)
         update = MLoss(moments=False).update(part_of(old, prefix), observed)
         new |= {prefix + key: part for key, part in update.items()}
@@ -253,8 +256,9 @@ def part_of(state: State, prefix: str) -> State:
     return {key: part for key, part in state.items() if not key.startswith(HEADS)}
 
 
-def _kept(mask: Tensor | None, node_dim: int, z: Tensor) -> Tensor | None:
-    """Return a mask of padding if it has a place for each of the observations."""
+def counting(batch: Batch, node_dim: int, z: Tensor) -> Tensor | None:
+    """Return which observations are no padding if the batch says so and has a place for each."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is None or node_dim != -1 or z.shape[:-1] != mask.shape:
         return None
     return mask.to(torch.bool)

@@ -55,6 +55,7 @@ class BlockOutputs:
             )
         if keep is not None and bool(keep.all()):
             keep = None
+        index, shares = (None, None) if keep is None else _kept(keep.flatten(1))
         rows: list[Tensor] = []
         pooled: list[Tensor] = []
         for output in outputs:
@@ -62,12 +63,20 @@ class BlockOutputs:
                 output.movedim(node_dim, -1).flatten(1, -2) if len(shape) > 2 else output[:, None]
             )
             laid = laid.float()  # [N, T, D]
-            if keep is None:
+            if index is None or shares is None:
                 rows.append(laid.flatten(0, 1))
                 pooled.append(laid.mean(1))
             else:
-                flat = keep.flatten(1)
-                rows.append(laid[flat])
-                share = flat / flat.sum(1, keepdim=True).clamp(min=1)
-                pooled.append(torch.einsum("nt,ntd->nd", share.to(laid.dtype), laid))
+                rows.append(laid.flatten(0, 1).index_select(0, index))
+                pooled.append(shares @ rows[-1])
         return cls(rows, torch.stack(pooled), start)
+
+
+def _kept(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of N * T rows count, [R], and their shares in their samples' means, [N, R]."""
+    counts = keep.sum(1)
+    sample_of, _ = keep.nonzero(as_tuple=True)
+    shares = torch.zeros(len(keep), len(sample_of))
+    places = torch.arange(len(sample_of))
+    shares[sample_of, places] = 1 / counts[sample_of].float()
+    return keep.flatten().nonzero()[:, 0], shares

@@ -18,10 +18,9 @@ class ActivationMoments(Statistic[BlockOutputs]):
 
     def update(self, state: State, batch: BlockOutputs) -> State:
         """Return the state with one more batch."""
-        sums = torch.stack([rows.sum(0, dtype=torch.float64) for rows in batch.rows])
-        squares = torch.stack(
-            [torch.einsum("rd,rd->d", rows, rows).to(torch.float64) for rows in batch.rows]
-        )
+        # float32 sums of a batch are added up in pairs, so that their errors do not grow with it
+        sums = torch.stack([rows.sum(0) for rows in batch.rows]).to(torch.float64)
+        squares = torch.stack([rows.square().sum(0) for rows in batch.rows]).to(torch.float64)
         count = torch.tensor(len(batch.rows[0]), dtype=torch.float64)
         return self.join(state, {"sum": sums, "square": squares, "count": count})
 

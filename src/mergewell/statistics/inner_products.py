@@ -1,6 +1,6 @@
 """Inner products between the models' tensors, summed in float64 over fixed chunks.
 
-Shapes: M models (the experts, and before them the base if `of` says so).
+Shapes: M models.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from mergewell.tensor_group import CHUNK, TensorGroup, Value
 class InnerProducts(WeightStatistic):
     """All pairwise inner products <x_i, x_j> of one tensor, or of the whole model."""
 
-    of: Literal["experts", "task_vectors", "base_and_task_vectors"] = "task_vectors"
-    """Between which vectors; with the base it is the first row and column."""
+    of: Literal["experts", "task_vectors"] = "task_vectors"
+    """Between which vectors."""
 
     def update(self, done: State, group: TensorGroup, index: int) -> State:
         """Return this block's partial sums at the places of its chunks, [C, M, M]."""
         del done, index
-        vectors = list(group.experts if self.of == "experts" else group.task_vectors)
-        if self.of == "base_and_task_vectors":
-            vectors.insert(0, group.required_base)
+        vectors = group.experts if self.of == "experts" else group.task_vectors
         flat = torch.stack([vector.flatten().to(torch.float64) for vector in vectors])
         chunks = -(-group.whole_numel // CHUNK)
         partial = torch.zeros(chunks, len(vectors), len(vectors), dtype=torch.float64)

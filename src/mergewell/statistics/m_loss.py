@@ -5,7 +5,7 @@ Shapes: K experts, N samples, O nodes; any further dimensions are positions (tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,9 @@ class ActivationBatch:
     keep: Tensor | None = None
     """Observations that count, boolean, the shape of a pre-activation without nodes."""
 
+    sample_of: Tensor | None = None
+    """The number of the sample of each entry of dimension 0, where these are not samples, int64."""
+
 
 class MLoss(Statistic[ActivationBatch]):
     """Mean squared gap between the experts' mean activation and that of the merged layer.
@@ -99,13 +102,17 @@ class MLoss(Statistic[ActivationBatch]):
         if batch.merged is not None:
             merged = [_rows(z, batch.node_dim, masked) for z in _factors(batch.merged)]
         rows, nodes, after = sides[0][0].shape
-        samples, before = first.shape[0], rows // max(1, first.shape[0])
+        before = max(1, rows // max(1, first.shape[0]))
         kept = None if batch.keep is None else batch.keep.reshape(-1).bool().nonzero()[:, 0]
         kept = None if kept is not None and len(kept) == rows else kept
+        sample_of = torch.arange(rows, device=first.device) // before
+        samples = first.shape[0]
+        if batch.sample_of is not None:
+            sample_of = batch.sample_of[sample_of]
+            samples = int(sample_of.max()) + 1 if rows else 0
         sums = _Sums(samples, nodes, first.device)
         table = _Moments(sides, nodes) if self.moments and merged is None else None
         plenty = first.dtype != torch.float64 and rows * after >= PLENTY
-        sample_of = torch.arange(rows, device=first.device) // max(1, before)
         for index, picked, columns in _blocks(sides[0][0], kept):
 
             def cut(
@@ -202,8 +209,7 @@ class _Sums:
     def add(self, block: _Block, sample_of: Tensor, columns: slice) -> None:
         squared = block.gap * block.gap
         parts = (block.gap, squared, block.ensemble * block.ensemble)
-        for total, part in zip(self._nodes, parts, strict=True):
-            total[columns] += _over_rows(part)
+        self._nodes[:, columns] += _over_rows(parts)
         if squared.shape[2] > 1:
             squared = squared.sum(2, keepdim=True)
         of_rows = (squared[:, :, 0] @ squared.new_ones(squared.shape[1])).to(torch.float64)
@@ -237,10 +243,8 @@ class _Moments:
     def add(self, basis: Sequence[Tensor], columns: slice) -> None:
         if columns.start == 0:
             self._observations += basis[0].shape[0] * basis[0].shape[2]
-        for total, part in zip(self._sums, basis, strict=True):
-            total[columns] += _over_rows(part)
-        for total, (left, right) in zip(self._products, self._pairs, strict=True):
-            total[columns] += _over_rows(basis[left] * basis[right])
+        self._sums[:, columns] += _over_rows(basis)
+        self._products[:, columns] += _over_rows(basis[i] * basis[j] for i, j in self._pairs)
 
     def state(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Return the sums; the coefficients times the observations, so that these add up too."""
@@ -276,11 +280,17 @@ def _mean(values: Iterator[Tensor], shares: Sequence[float]) -> Tensor:
     return mean
 
 
-def _over_rows(part: Tensor) -> Tensor:
-    """Return the sums over rows and positions behind the nodes, [R, o, A] to [o], in float64."""
-    if part.shape[2] > 1:
-        return part.sum(2).sum(0, dtype=torch.float64)
-    return (part.new_ones(part.shape[0]) @ part[:, :, 0]).to(torch.float64)
+def _over_rows(parts: Iterable[Tensor]) -> Tensor:
+    """Return each part's sums over rows and positions behind the nodes, [R, o, A] to [o]."""
+    sums: list[Tensor] = []
+    ones: Tensor | None = None
+    for part in parts:
+        if part.shape[2] > 1:
+            sums.append(part.sum(2).sum(0, dtype=torch.float64))
+            continue
+        ones = part.new_ones(len(part)) if ones is None else ones
+        sums.append(ones @ part[:, :, 0])
+    return torch.stack(sums).to(torch.float64)
 
 
 def _simplex(coefficients: Sequence[float], experts: int) -> list[float]:
