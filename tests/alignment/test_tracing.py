@@ -203,6 +203,33 @@ def test_channels_that_are_padded() -> None:
     assert sizes(graph) == [2, 2, 4]
 
 
+class Decoder(nn.Module):
+    """Grouped transposed convolution, a slope for each channel, GLU; gives a parameter back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.slopes = nn.Conv2d(2, 6, 1), nn.PReLU(6)
+        self.up = nn.ConvTranspose2d(6, 8, 2, 2, groups=2)
+        self.glu, self.out = nn.GLU(1), nn.Conv2d(4, 2, 1)
+        self.token = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.glu(self.up(self.slopes(self.a(x))))
+        return self.out(x + self.token.view(4, 1, 1)), self.token
+
+
+def test_a_parameter_that_is_returned_keeps_its_order() -> None:
+    graph = proved(shaken(Decoder()), torch.rand(2, 2, 4, 4, dtype=torch.float64))
+    assert graph.fixed["token:0"] == graph.fixed["out.weight:1"] == "is the model's output"
+    slopes = graph.axes["slopes.weight"][0]
+    assert [(part.kind, part.size) for part in slopes.parts] == [("fixed", 2), ("group", 3)]
+
+
+def test_a_recurrent_layer_that_torch_fuses_is_kept_in_order() -> None:
+    graph = permutation_graph(nn.LSTM(4, 6, batch_first=True).eval(), torch.rand(2, 5, 4))
+    assert not graph.groups and "weight_hh_l0:1" in graph.fixed
+
+
 def test_a_wrong_permutation_is_noticed() -> None:
     """The proof can fail: units of one tensor alone."""
     module, batch = shaken(mlp()), torch.rand(2, 4, dtype=torch.float64)

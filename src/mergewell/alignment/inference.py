@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mergewell.alignment.rules import RULES, Axes, Call, broadcast, is_pointwise, pointwise
+from mergewell.alignment.calls import Axes, Call, broadcast, is_pointwise, pointwise
+from mergewell.alignment.rules_layout import LAYOUT
+from mergewell.alignment.rules_maps import MAPS
 from mergewell.alignment.symbols import Symbol, fix
 from mergewell.models.dataflow import Batch, Op, Recorder, Value, call, evaluating, tensors
 from mergewell.models.graph import Graph
 from mergewell.models.hollow import filled
 
+_RULES = {**LAYOUT, **MAPS}
 _LOCAL = "meets a buffer that checkpoints do not hold"
 _COMPUTED = "meets numbers that the model computes for itself"
 
@@ -42,7 +45,8 @@ class Inference:
             with recorder.watching(module), recorder:
                 result = call(module, inputs)
             self.graph = Graph(module, recorder, tensors(result))
-            self.live = _live(self.graph)
+            self._results = [recorder.read(tensor) for tensor in tensors(result)]
+            self.live = _live(self._results)
             self._inputs = {recorder.read(tensor) for tensor in tensors(inputs)}
             self.states = {name: recorder.read(tensor) for name, tensor in held.items()}
             self._infer()
@@ -51,7 +55,7 @@ class Inference:
         for op in self.graph.recorder.ops:
             if op in self.live:
                 self._read(op)
-        for value in self.graph.results:
+        for value in self._results:
             for axis in self.known(value):
                 fix(axis, "is the model's output")
         self.seen += self.axes.values()
@@ -74,8 +78,8 @@ class Inference:
         context = Call(op, _arguments(op), self.known)
         if op.function is None:  # another view of what was written in place
             known = [self.known(op.inputs[0])] if op.is_view else self._unknown(op)
-        elif op.name in RULES:
-            known = RULES[op.name](context)
+        elif op.name in _RULES:
+            known = _RULES[op.name](context)
         elif is_pointwise(op):
             known = pointwise(context)
         else:
@@ -100,10 +104,10 @@ class Inference:
         return [tuple(Symbol(n, reason) for n in value.tensor.shape) for value in op.outputs]
 
 
-def _live(graph: Graph) -> set[Op]:
-    """Return the operations that the module's results depend on, those without inputs too."""
+def _live(results: Sequence[Value]) -> set[Op]:
+    """Return the operations that results depend on, those without inputs too."""
     live: set[Op] = set()
-    queue = [value.producer for value in graph.results]
+    queue = [value.producer for value in results]
     while queue:
         op = queue.pop()
         if op is not None and op not in live:

@@ -1,0 +1,271 @@
+"""Does alignment make networks of different initialisations mergeable? `docs/studies/alignment.md`.
+
+    python benchmarks/alignment/study.py --data /work/shared/data/vision_data \
+        --out benchmarks/alignment/alignment.csv
+
+`--data` holds `mnist.npz` and `fashion_mnist.npz` (x_train, y_train, x_test, y_test); images are
+made 16 x 16. Pairs of small networks are trained on one task from different initialisations and in
+different orders of the data. The second is aligned to the first by weights or activations (or not
+at all), the two are averaged, and the average is judged as it is and after `repair` (REPAIR; of
+networks with BatchNorm: re-estimated statistics). Alignment and repair see 500 unlabelled images
+that neither network was trained on; the judging ones are 2500 others. Three seeds; one thread; all
+seeded. Writes one row a pair, alignment and repair; prints the page's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergewell.alignment.align import Aligned, aligned
+from mergewell.alignment.weights import distance
+from mergewell.labelled import LabelledInputs, cut
+from mergewell.models.barrier import measure_path, score
+from mergewell.models.dataflow import call, evaluating
+from mergewell.models.ensemble import simplex
+from mergewell.models.repair import repair
+
+TASKS = ("mnist", "fashion_mnist")
+SEEDS = (0, 1, 2)
+ALIGNMENTS = ("none", "weights", "activations")
+SIZE, BATCH, STEPS, LEARNING_RATE = 16, 100, 450, 2e-3
+HELD_OUT = 500  # training images for activations and repair
+POINTS = 11
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, outputs // inputs, 1, bias=False),
+            nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.short = nn.Identity()
+        if inputs != outputs:
+            self.short = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.body(x) + self.short(x))
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(SIZE * SIZE, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, 10),
+    )  # fmt: skip
+
+
+def cnn(width: int, *, norm: bool) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, width), (width, 2 * width), (2 * width, 2 * width)):
+        layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm))
+        layers += [nn.BatchNorm2d(outputs)] if norm else []
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width, 10))
+
+
+def resnet(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        Residual(width, width), Residual(width, 2 * width), Residual(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
+    )  # fmt: skip
+
+
+NETS: Mapping[str, Callable[[], nn.Module]] = {
+    "MLP 64": lambda: mlp(64),
+    "MLP 512": lambda: mlp(512),
+    "CNN 16": lambda: cnn(16, norm=False),
+    "CNN 16, BatchNorm": lambda: cnn(16, norm=True),
+    "ResNet 16, BatchNorm": lambda: resnet(16),
+    "ResNet 32, BatchNorm": lambda: resnet(32),
+}
+
+
+def load(folder: Path, name: str) -> dict[str, Tensor]:
+    with np.load(folder / f"{name}.npz") as archive:
+        found = {key: torch.from_numpy(archive[key]) for key in archive.files}
+    for key in ("x_train", "x_test"):
+        images = found[key].float()[:, None] / 255
+        images = functional.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        found[key] = (images - 0.3) / 0.3
+    return {key: held if key[0] == "x" else held.long() for key, held in found.items()}
+
+
+def trained(make: Callable[[], nn.Module], data: Mapping[str, Tensor], *, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    module = make().train()
+    x, y = data["x_train"][HELD_OUT:], data["y_train"][HELD_OUT:]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - step / STEPS))
+        chosen = torch.randint(len(x), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        functional.cross_entropy(module(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    return module.eval()
+
+
+def averaged(one: nn.Module, two: nn.Module) -> nn.Module:
+    module, states = copy.deepcopy(one), two.state_dict()
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(states[name], 0.5)
+    return module
+
+
+def outputs(module: nn.Module, data: LabelledInputs) -> list[Tensor]:
+    with evaluating([module]):
+        return [call(module, batch) for batch in data.batches]
+
+
+def judged(module: nn.Module, data: LabelledInputs) -> tuple[float, float]:
+    return score(outputs(module, data), data.labels_by_batch)
+
+
+def pair_rows(one: nn.Module, two: nn.Module, data: Mapping[str, Tensor], seed: int) -> list[dict]:
+    """The rows of one pair of networks: three alignments, each as it is and repaired."""
+    test = cut(data["x_test"], data["y_test"], 500)
+    few = list(cut(data["x_train"][:HELD_OUT], None, 250).batches)
+    ends = [judged(module, test) for module in (one, two)]
+    both = zip(outputs(one, test), outputs(two, test), strict=True)
+    ensemble = score([(a + b) / 2 for a, b in both], test.labels_by_batch)
+    rows: list[dict[str, Any]] = []
+    for way in ALIGNMENTS:
+        moved, began, done = copy.deepcopy(two), time.process_time(), None
+        if way != "none":
+            done = aligned(one, moved, few, match=way, seed=seed)  # type: ignore[arg-type]
+        seconds = time.process_time() - began
+        path = measure_path(
+            copy.deepcopy(one), one.state_dict(), moved.state_dict(), batches=test.batches,
+            labels=test.labels_by_batch, points=POINTS, norms="as stored",
+        )  # fmt: skip
+        middle = averaged(one, moved)
+        raw = judged(middle, test)
+        repair(middle, [one, moved], list(simplex([0.5, 0.5], 2)), few)
+        mended = judged(middle, test)
+        for label, (loss, accuracy) in (("raw", raw), ("repaired", mended)):
+            rows.append(
+                {
+                    "alignment": way, "repair": label, "accuracy": accuracy, "loss": loss,
+                    "loss_barrier": loss - fmean(e[0] for e in ends),
+                    "accuracy_barrier": fmean(e[1] for e in ends) - accuracy,
+                    "line_loss_barrier": path.barrier if label == "raw" else "",
+                    "line_accuracy_barrier": path.accuracy_barrier if label == "raw" else "",
+                    "ends_accuracy": fmean(e[1] for e in ends), "ensemble_accuracy": ensemble[1],
+                    **_how(done, one, moved), "seconds": round(seconds, 2),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _how(done: Aligned | None, one: nn.Module, two: nn.Module) -> dict[str, Any]:
+    apart = distance(dict(one.named_parameters()), dict(two.named_parameters()))
+    if done is None:
+        return {"distance": apart, "moved": 0.0, "sweeps": 0, "output_change": 0.0}
+    return {
+        "distance": apart, "moved": done.graph.moved(done.matched.permutations),
+        "sweeps": done.matched.sweeps, "output_change": done.output_change,
+    }  # fmt: skip
+
+
+def study(folder: Path, nets: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for task in TASKS:
+        data = load(folder, task)
+        for net in nets:
+            began = time.process_time()
+            for seed in SEEDS:
+                one, two = (trained(NETS[net], data, seed=10 * seed + own) for own in (1, 2))
+                found = pair_rows(one, two, data, seed)
+                rows += [{"task": task, "net": net, "seed": seed, **row} for row in found]
+            print(f"# {task}, {net}: {time.process_time() - began:.0f} s of CPU", flush=True)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], key: str, scale: float, digits: int) -> str:
+    """A table of means over the seeds, with the smallest and largest."""
+    columns = [(way, label) for label in ("raw", "repaired") for way in ALIGNMENTS]
+    lines = [
+        "| task | net | " + " | ".join(f"{way}, {label}" for way, label in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for task, net in dict.fromkeys((row["task"], row["net"]) for row in rows):
+        cells: list[str] = []
+        for way, label in columns:
+            held = [
+                scale * row[key] for row in rows
+                if (row["task"], row["net"], row["alignment"], row["repair"])
+                == (task, net, way, label)
+            ]  # fmt: skip
+            low, high = min(held), max(held)
+            cells.append(f"{fmean(held):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})")
+        lines.append(f"| {task} | {net} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def how_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Ends, ensemble and what the alignments did, means over the seeds."""
+    lines = [
+        "| task | net | ends | ensemble | distance | by weights | by activations "
+        "| moved (w, a) | s (w, a) | line barrier (none, w, a) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, net in dict.fromkeys((row["task"], row["net"]) for row in rows):
+        own = [r for r in rows if (r["task"], r["net"], r["repair"]) == (task, net, "raw")]
+
+        def mean(key: str, way: str, own: Sequence[Mapping[str, Any]] = own) -> float:
+            return fmean(row[key] for row in own if row["alignment"] == way)
+
+        ways = ALIGNMENTS[1:]
+        lines.append(
+            f"| {task} | {net} | {100 * mean('ends_accuracy', 'none'):.1f} "
+            f"| {100 * mean('ensemble_accuracy', 'none'):.1f} | "
+            + " | ".join(f"{mean('distance', way):.1f}" for way in ALIGNMENTS)
+            + " | " + ", ".join(f"{100 * mean('moved', way):.0f} %" for way in ways)
+            + " | " + ", ".join(f"{mean('seconds', way):.2f}" for way in ways)
+            + " | " + ", ".join(f"{mean('line_loss_barrier', way):.2f}" for way in ALIGNMENTS)
+            + " |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--net", action="append", choices=list(NETS), help="all if absent; repeat")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = study(given.data, given.net or list(NETS))
+    with given.out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+    for title, text in (
+        ("Accuracy of the average, %", table(rows, "accuracy", 100, 1)),
+        ("Loss barrier at the middle, nats", table(rows, "loss_barrier", 1, 2)),
+        ("Ends and alignments", how_table(rows)),
+    ):
+        print(f"\n{title}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
