@@ -175,3 +175,19 @@ def test_the_command(
         assert says in capsys.readouterr().err
     plain = ["align", expert, "--to", to, "--match", "activations", "--out", f"{out}3"]
     assert main(plain) == 2 and "--data PATH" in capsys.readouterr().err
+
+
+def test_an_aligned_expert_is_merged_and_repaired(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    to, _, data = pair
+    other = {name: tensor.float() for name, tensor in shaken(ResNet(), seed=5).state_dict().items()}
+    counted = {name: t.long() if "tracked" in name else t for name, t in other.items()}
+    expert, out = write(tmp_path / "c", counted), tmp_path / "out"
+    align_folder(expert, to, out, source=SOURCE, data=str(data))
+    merged, mended = str(tmp_path / "merged"), str(tmp_path / "mended")
+    assert main(["merge", "--expert", str(to), "--expert", str(out), "--out", merged]) == 0
+    one, two, mean = (open_checkpoint(path) for path in (to, out, merged))
+    torch.testing.assert_close(mean["fc.weight"], (one["fc.weight"] + two["fc.weight"]) / 2)
+    repair = ["repair", merged, "--data", str(data), "--model-factory", "permutable:ResNet"]
+    assert main([*repair, "--kind", "repair", "--out", mended]) == 0
