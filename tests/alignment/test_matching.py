@@ -147,6 +147,14 @@ def test_correlations_by_hand() -> None:
     )
 
 
+def test_a_flattened_map_is_not_observed_twice() -> None:
+    """Channels are seen after the convolution; their places after the flatten would cost E * E."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    graph = permutation_graph(net, torch.rand(1, 1, 4, 4))
+    assert sorted(place[0] for place in observed(graph)) == ["0", "1"]
+    assert ("2", 0, 0) in graph.outputs
+
+
 def test_mistakes_are_named() -> None:
     net = two_units([1, 2], [3, 4])
     graph = permutation_graph(net, torch.ones(1, 1))

@@ -7,18 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergewell.alignment.matching import Evidence, Matched, OnSweep, match
+from mergewell.alignment.matching import Matched, OnSweep, match
 from mergewell.alignment.permutations import Axis, PermutationGraph, Permutations
 from mergewell.errors import DataError, ModelError
 from mergewell.models.dataflow import Batch, call, evaluating, parts, tensors
 
 Place = tuple[str, int, int]
 """A module, the number of its call, and which of the tensors it returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """How the entries of one dimension correlate, float64 [E, E]: reference's by expert's."""
+
+    axis: Axis
+    table: Tensor
+
+    def between(self, reference: Tensor, expert: Tensor) -> Tensor:
+        """Return the sum of the correlations of units' entries, [n, n]."""
+        pairs = zip(reference.T, expert.T, strict=True)
+        return torch.stack([self.table[left][:, right] for left, right in pairs]).sum(0)
 
 
 class Correlations:
@@ -29,12 +43,12 @@ class Correlations:
         self._graph, self._found = graph, found
         self._axes = {place: axis for place, (_, axis) in observed(graph).items()}
 
-    def evidence(self, group: str, by: Permutations) -> Iterator[Evidence]:
+    def evidence(self, group: str, by: Permutations) -> Iterator[Alike]:
         """Yield correlations [E, E] at every place where units of a group are seen."""
         del by  # only one dimension of what is observed holds units
         for place, axis in self._axes.items():
             if group in axis.groups():
-                yield axis, self._found[place]
+                yield Alike(axis, self._found[place])
 
     def value(self, groups: Iterable[str], by: Permutations) -> float:
         """Return the sum of correlations at the places where one of the groups is seen."""
@@ -47,13 +61,23 @@ class Correlations:
 
 
 def observed(graph: PermutationGraph) -> dict[Place, tuple[int, Axis]]:
-    """Return the places where units are seen, with the one dimension that counts them."""
+    """Return the places where units are seen, with the one dimension that counts them.
+
+    Places where each unit has more entries than it has elsewhere (a flattened map) are left out.
+    """
     found: dict[Place, tuple[int, Axis]] = {}
+    least: dict[str, int] = {}
     for place, axes in graph.outputs.items():
         dims = [dim for dim, axis in enumerate(axes) if any(True for _ in axis.groups())]
         if len(dims) == 1:
-            found[place] = (dims[0], axes[dims[0]])
-    return found
+            axis = axes[dims[0]]
+            found[place] = (dims[0], axis)
+            least |= {g: min(axis.size, least.get(g, axis.size)) for g in axis.groups()}
+    return {
+        place: (dim, axis)
+        for place, (dim, axis) in found.items()
+        if any(axis.size == least[group] for group in axis.groups())
+    }
 
 
 def unseen(graph: PermutationGraph) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ Shapes: n units of a group, m of one within it, E entries of a dimension.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,10 +22,20 @@ from mergewell.errors import ModelError
 SWEEPS = 100
 _GAIN = 1e-10  # a smaller relative gain is rounding
 
-Evidence = tuple[Axis, Tensor]
-"""What runs along a dimension, and how alike entries are, [E, E]: reference's by expert's."""
-
 OnSweep = Callable[[int, float], None]
+
+
+class Evidence(Protocol):
+    """How alike the entries of one dimension are, the reference's and the expert's."""
+
+    @property
+    def axis(self) -> Axis:
+        """What runs along the dimension."""
+        ...
+
+    def between(self, reference: Tensor, expert: Tensor) -> Tensor:
+        """Return how alike units are, [n, n], whose entries stand at int64 [n, c] of [E]."""
+        ...
 
 
 class Likeness(Protocol):
@@ -146,9 +156,10 @@ class _Solver:
                 others[name] = others[name][undone]
         sizes = [self._graph.groups[name].size for name in groups]
         total = torch.zeros(_prod(sizes), _prod(sizes), dtype=torch.float64)
-        for axis, alike in self._likeness.evidence(of, by):
-            if not set(without) & set(axis.groups()):
-                total += _contracted(axis, alike, groups, sizes, others, within)
+        for evidence in self._likeness.evidence(of, by):
+            if not set(without) & set(evidence.axis.groups()):
+                table = _entries(evidence.axis, groups, sizes)
+                total += evidence.between(table, evidence.axis.index(others, within)[table])
         return total.reshape(*sizes, *sizes)
 
     def _best(self, gains: Tensor) -> Tensor:
@@ -156,15 +167,8 @@ class _Solver:
         return torch.from_numpy(self._assign(gains.numpy(), maximize=True)[1]).to(torch.int64)
 
 
-def _contracted(
-    axis: Axis,
-    alike: Tensor,
-    groups: Sequence[str],
-    sizes: Sequence[int],
-    others: Permutations,
-    within: Mapping[str, str],
-) -> Tensor:
-    """Return how alike units are, [n, n], from how alike entries are, all other groups permuted."""
+def _entries(axis: Axis, groups: Sequence[str], sizes: Sequence[int]) -> Tensor:
+    """Return where the entries of every unit (of every pair, of two groups) stand, [n, c]."""
     units, known = (
         torch.zeros(axis.size, dtype=torch.int64),
         torch.ones(axis.size, dtype=torch.bool),
@@ -174,12 +178,7 @@ def _contracted(
         units, known = units * size + own, known & (own >= 0)
     entries = known.nonzero()[:, 0]
     # stable: the entries of every unit come in one and the same order
-    table = entries[units[entries].argsort(stable=True)].reshape(_prod(sizes), -1)
-    alike = alike[:, axis.index(others, within)]
-    total = torch.zeros(len(table), len(table), dtype=torch.float64)
-    for place in range(table.shape[1]):
-        total += alike[table[:, place]][:, table[:, place]]
-    return total
+    return entries[units[entries].argsort(stable=True)].reshape(_prod(sizes), -1)
 
 
 def _prod(sizes: Sequence[int]) -> int:

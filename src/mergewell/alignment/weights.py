@@ -1,14 +1,31 @@
-"""Weight matching: how alike the weights of two models are, unit by unit."""
+"""Weight matching: how alike the weights of two models are, unit by unit.
+
+Shapes: n units, E entries of a dimension, R all others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergewell.alignment.matching import Evidence, Matched, OnSweep, match
-from mergewell.alignment.permutations import PermutationGraph, Permutations
+from mergewell.alignment.matching import Matched, OnSweep, match
+from mergewell.alignment.permutations import Axis, PermutationGraph, Permutations
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A parameter of both models with one dimension in front, float64 [E, R]."""
+
+    axis: Axis
+    reference: Tensor
+    expert: Tensor
+
+    def between(self, reference: Tensor, expert: Tensor) -> Tensor:
+        """Return the products of units' rows, [n, n]."""
+        return self.reference[reference].flatten(1) @ self.expert[expert].flatten(1).T
 
 
 class Weights:
@@ -32,8 +49,8 @@ class Weights:
                 for group in {group for axis in axes for group in axis.groups()}:
                     self._of[group].append(name)
 
-    def evidence(self, group: str, by: Permutations) -> Iterator[Evidence]:
-        """Yield products of rows along every dimension with units of a group."""
+    def evidence(self, group: str, by: Permutations) -> Iterator[Rows]:
+        """Yield the rows along every dimension with units of a group."""
         for name in self._of[group]:
             axes = self._graph.axes[name]
             for dim, axis in enumerate(axes):
@@ -45,7 +62,7 @@ class Weights:
                         index = along.index(by, self._graph.within)
                         expert = expert.index_select(other, index)
                 own = self._reference[name].detach()
-                yield axis, _rows(own, dim) @ _rows(expert, dim).T
+                yield Rows(axis, _rows(own, dim), _rows(expert, dim))
 
     def value(self, groups: Iterable[str], by: Permutations) -> float:
         """Return the sum of products over the parameters in which one of the groups stands."""
