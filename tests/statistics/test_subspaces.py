@@ -106,9 +106,9 @@ def test_alignment_and_interference_as_brute_force(shape: tuple[int, int]) -> No
 
 def test_alignment_by_hand() -> None:
     subspace = torch.tensor([[1.0], [0.0]])
-    assert alignment(torch.tensor([[3.0], [4.0]]), subspace) == pytest.approx(0.6)
-    assert math.isnan(alignment(torch.zeros(2, 1), subspace))
-    assert alignment(torch.ones(2, 1), torch.zeros(2, 0)) == 0
+    assert alignment(torch.tensor([[3.0], [4.0]]), subspace, norm=5.0) == pytest.approx(0.6)
+    assert math.isnan(alignment(torch.zeros(2, 1), subspace, norm=0.0))
+    assert alignment(torch.ones(2, 1), torch.zeros(2, 0), norm=2**0.5) == 0
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])

@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergewell.engines.base import make_engine, one_thread_a_worker
 from mergewell.plan import Plan, TensorTask
+from mergewell.run import measure_weights
 from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, cost, measure_subspaces
 from mergewell.statistics.task_vector_sums import TaskVectorSums
+from mergewell.statistics.top_conflict import TopConflict
 from mergewell.storage.base import Checkpoint
 from mergewell.tensor_group import CHUNK
 
@@ -25,6 +27,9 @@ EXCLUDED = r"embed|(^|[._])(head|heads|lm_head|classifier|score|wte|wpe|pooler|t
 
 _READ = 8 * CHUNK
 """Elements of a tensor that a worker takes at a time; it reads a chunk of them at a time."""
+
+_WHOLE = 1 << 26
+"""Elements of all task vectors of a tensor that are held at a time where they are ranked."""
 
 BUDGET = 1e12
 """Floating-point operations that decompositions may take: 15 seconds or more on one core."""
@@ -116,6 +121,43 @@ def measure_task_vectors(
                 width = task.spec.nbytes // max(1, task.spec.numel)
                 on_progress(min(_READ, task.spec.numel - start) * width)
     return found
+
+
+def measure_top_conflicts(
+    plan: Plan, *, on_progress: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
+    """Return how often the largest entries of every two task vectors oppose, by tensor, [2, K, K].
+
+    Tensors whose task vectors fit into `_WHOLE` elements are read once, larger ones in passes.
+    """
+    statistic = TopConflict()
+    tasks = {name: task for name, task in plan.tasks.items() if task.copied_from is None}
+    experts = len(plan.experts)
+
+    def measure(task: TensorTask) -> Tensor:
+        base = plan.reference.read(task.name)
+        taus = torch.zeros(experts, task.spec.numel)
+        for row, expert in zip(taus, plan.experts, strict=True):
+            tensor = expert.read(task.name)
+            if tensor.data_ptr() != base.data_ptr():
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                row.copy_(tensor.to(wide) - base.to(wide))
+        if not bool(taus.any()):
+            return torch.zeros(2, experts, experts, dtype=torch.int64)
+        return statistic.of_whole(taus)
+
+    small = [task for task in tasks.values() if task.spec.numel * experts <= _WHOLE]
+    found: dict[str, Tensor] = {}
+    with one_thread_a_worker():
+        for task, counts in zip(small, map(measure, small), strict=True):
+            found[task.name] = counts
+            if on_progress is not None:
+                on_progress(task.spec.nbytes)
+    large = {name: task for name, task in tasks.items() if name not in found}
+    if large:
+        rest = measure_weights(replace(plan, tasks=large), [statistic], on_progress=on_progress)
+        found |= {name: value[statistic]["conflicts"] for name, value in rest.items()}
+    return {name: found[name] for name in tasks}
 
 
 def pair_values(matrix: Tensor) -> list[float]:

@@ -80,12 +80,14 @@ def decompose(matrix: Tensor, *, seed: int, exact: int = EXACT, rank: int = RANK
     return Factors(left, small.values[:rank], small.right[:, :rank].to(matrix.dtype), norm)
 
 
-def alignment(matrix: Tensor, subspace: Tensor) -> float:
-    """Return ||U U' A|| / ||A|| for orthonormal columns U [O, k] and A [O, I]; nan for a zero A."""
-    whole = _norm(matrix)
-    if whole == 0:
+def alignment(matrix: Tensor, subspace: Tensor, *, norm: float) -> float:
+    """Return ||U U' A|| / ||A|| for orthonormal columns U [O, k] and A [O, I]; nan for a zero A.
+
+    `norm` is ||A||. Instead of A may be given what has the same A A'.
+    """
+    if norm == 0:
         return float("nan")
-    return min(1.0, _norm(subspace.T @ matrix) / whole)
+    return min(1.0, _norm(subspace.T @ matrix) / norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +160,18 @@ def measure_subspaces(
     merged = decompose(summed, seed=seed)
     bases = [f.left[:, : f.rank()].float() for f in factors]
     rank = merged.rank()
-    narrow = [m.float() for m in task_matrices]  # a norm needs no more, at half the time
-    inside = [alignment(m, merged.left[:, :rank].float()) for m in narrow]
+    # a norm needs no more than float32, at half the time
+    narrow = [_as_short(f, m) for f, m in zip(factors, task_matrices, strict=True)]
+    norms = [f.norm for f in factors]
+    span = merged.left[:, :rank].float()
+    inside = [alignment(m, span, norm=n) for m, n in zip(narrow, norms, strict=True)]
     pairs = [
         [
             float("nan")
             if not bases[j].shape[1]
             else (1 - factors[j].missed(bases[j].shape[1]) ** 2) ** 0.5
             if i == j
-            else alignment(m, bases[j])
+            else alignment(m, bases[j], norm=norms[i])
             for j in range(len(narrow))
         ]
         for i, m in enumerate(narrow)
@@ -206,6 +211,12 @@ def _exact(matrix: Tensor, norm: float) -> Factors:
     other = (matrix @ known if tall else matrix.T @ known) / values
     left, right = (other, known) if tall else (known, other)
     return Factors(left, values, right, norm)
+
+
+def _as_short(factors: Factors, matrix: Tensor) -> Tensor:
+    """Return U S in float32, as short as it can be, where all of a matrix is in it; else that."""
+    is_whole = min(matrix.shape) <= EXACT and matrix.shape[0] < matrix.shape[1]
+    return ((factors.left * factors.values) if is_whole else matrix).float()
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from mergewell.component import Fractions
+from mergewell.component import Fractions, for_each
 from mergewell.statistics.base import State
-from mergewell.statistics.magnitude import MagnitudeThreshold, magnitude_key
+from mergewell.statistics.magnitude import MagnitudeThreshold, kept_count, magnitude_key
 from mergewell.tensor_group import CHUNK, TensorGroup, Value
+
+_WIDTH = 1 << 14
+"""Entries of every task vector that are looked at together, to stay in the cache."""
 
 
 class TopConflict(MagnitudeThreshold):
@@ -56,15 +61,7 @@ class TopConflict(MagnitudeThreshold):
             part = torch.stack([tau[start : start + CHUNK] for tau in taus])
             if not bool(part.any()):
                 continue
-            large = (magnitude_key(part) >= cuts[:, None]).float()
-            up, down = (part > 0).float(), (part < 0).float()
-            either, changed = up + down, large * (up + down)
-            # counts below 2^24 are exact in float32; large in i or j = in i + in j - in both
-            first = (large * up) @ down.T + (large * down) @ up.T
-            both = (large * up) @ (large * down).T + (large * down) @ (large * up).T
-            any_sign = changed @ either.T
-            counts[0] += (first + first.T - both).to(torch.int64)
-            counts[1] += (any_sign + any_sign.T - changed @ changed.T).to(torch.int64)
+            counts += _counted(part, magnitude_key(part) >= cuts[:, None])
         return {f"{group.name}:conflicts": counts}
 
     def value(self, done: State, name: str, numel: int) -> Value:
@@ -74,3 +71,40 @@ class TopConflict(MagnitudeThreshold):
             return {"conflicts": done[f"{name}:conflicts"]}
         experts = len(done[f"{name}:0:bucket"])  # nobody moved this tensor
         return {"conflicts": torch.zeros(2, experts, experts, dtype=torch.int64)}
+
+    def of_whole(self, task_vectors: Tensor) -> Tensor:
+        """Return `conflicts` of one tensor held in memory, [K, n] in float32; `scope` is ignored.
+
+        The same counts as by passes, at a fraction of the time.
+        """
+        experts, size = task_vectors.shape
+        conflicts = torch.zeros(2, experts, experts, dtype=torch.int64)
+        if not size:
+            return conflicts
+        cuts = torch.empty(experts, 1)
+        for row, density in enumerate(for_each(self.density, experts)):
+            place = size - kept_count(density, size)
+            magnitudes = task_vectors[row].abs().numpy()
+            cuts[row] = float(np.partition(magnitudes, place)[place])
+        for start in range(0, size, _WIDTH):
+            part = task_vectors[:, start : start + _WIDTH]
+            conflicts += _counted(part, part.abs() >= cuts)
+        return conflicts
+
+
+def _counted(part: Tensor, large: Tensor) -> Tensor:
+    """Return opposed and compared entries of each pair, [2, K, K], given which are large, [K, n].
+
+    Counts are products of signs; those below 2^24 are exact in float32. What is large in i or in j
+    is large in i, and large in j, without what is in both.
+    """
+    signs = part.sign().float()
+    top = signs * large
+    signed, compared = (
+        first + first.T - both
+        for first, both in (
+            (top @ signs.T, top @ top.T),
+            (top.abs() @ signs.abs().T, top.abs() @ top.abs().T),
+        )
+    )
+    return torch.stack([(compared - signed) / 2, compared]).to(torch.int64)
