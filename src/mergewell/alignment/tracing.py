@@ -99,14 +99,14 @@ def _within(inference: Inference, names: Mapping[Symbol, str]) -> dict[str, str]
                 company[leaf] = company.get(leaf, set(own)) & set(own)
     for value in inference.states.values():
         for axis in inference.known(value):
-            for leaf, around in _nested(axis, ()):
-                company[leaf] = company.get(leaf, set()) & around
-    within: dict[str, str] = {}
-    for leaf in names:  # of several around it, the innermost that itself lies within no other
-        outer = [o for o in names if o in company.get(leaf, ()) and o not in twice]
-        if outer and leaf not in twice:
-            within[names[leaf]] = names[outer[0]]
-    return {inner: outer for inner, outer in within.items() if outer not in within}
+            for leaf, inside in _nested(axis, ()):
+                company[leaf] = company.get(leaf, set()) & inside
+    around = {
+        leaf: [outer for outer in names if outer in company.get(leaf, ()) and outer not in twice]
+        for leaf in names
+    }
+    free = {leaf: [o for o in outer if not around[o]] for leaf, outer in around.items()}
+    return {names[leaf]: names[outer[0]] for leaf, outer in free.items() if outer}
 
 
 def _nested(axis: Symbol, around: Sequence[Symbol]) -> Iterator[tuple[Symbol, set[Symbol]]]:
