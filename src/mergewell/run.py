@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import mergewell
 from mergewell.blocks import (
+    FUSED,
     Block,
     Merged,
     Values,
@@ -42,7 +44,7 @@ OnProgress = Callable[[int], None]
 """Called with the bytes of result just written."""
 
 _STATISTIC = 8
-"""Blocks that a statistic is updated with at a time: its state costs more than its temporaries."""
+"""Blocks that a torch form of a statistic takes at a time: its state costs more than they do."""
 
 _BATCH = 1 << 26
 """Elements of the tensors whose statistics are made before they are merged together."""
@@ -149,15 +151,23 @@ def write_files(
     began = time.perf_counter()
     _check_copies(plan)
     values = _model_statistics(plan, engine, block, device)
+    turn = Lock()  # the system lets one thread write to a file at a time anyhow
     for layout in layouts:
         tasks = [plan.tasks[spec.name] for spec in layout.specs]
         changes: dict[str, Change] = {}
-        for merged in _merge(plan, engine, tasks, values, block, device):
-            name = merged.block.task.name
-            writer.write(name, merged.block.start, merged.tensor)
-            changes[name] = changes.get(name, UNCHANGED) + merged.change
-            if on_progress is not None:
-                on_progress(merged.tensor.nbytes)
+        for merge, blocks in _merges(plan, engine, tasks, values, block, device):
+
+            def write(part: Block, merge: Callable[[Block], Merged] = merge) -> Change:
+                merged = merge(part)  # written by who merged it: nothing waits to be handed over
+                with turn:
+                    writer.write(part.task.name, part.start, merged.tensor)
+                    if on_progress is not None:
+                        on_progress(merged.tensor.nbytes)
+                return merged.change
+
+            for part, change in zip(blocks, engine.each(write, blocks), strict=True):
+                name = part.task.name
+                changes[name] = changes.get(name, UNCHANGED) + change
         done = time.perf_counter()
         writer.finish(layout.file, {**notes_of(changes), "seconds": done - began})
         began = done
@@ -175,10 +185,11 @@ def merge_tensors(
     with one_thread_a_worker():
         values = _model_statistics(plan, engine, block)
         tasks = [task for task in plan.tasks.values() if names is None or task.name in names]
-        results = _merge(plan, engine, tasks, values, block)
-        for name, parts in groupby(results, key=lambda merged: merged.block.task.name):
-            flat = torch.cat([part.tensor for part in parts])
-            yield name, flat.view(plan.tasks[name].spec.shape)
+        for merge, blocks in _merges(plan, engine, tasks, values, block):
+            results = engine.imap(merge, blocks)
+            for name, parts in groupby(results, key=lambda merged: merged.block.task.name):
+                flat = torch.cat([part.tensor for part in parts])
+                yield name, flat.view(plan.tasks[name].spec.shape)
 
 
 def measure_weights(
@@ -200,14 +211,15 @@ def measure_weights(
     return values
 
 
-def _merge(
+def _merges(
     plan: Plan,
     engine: Engine,
     tasks: Sequence[TensorTask],
     model_values: dict[str, Values],
     block: int,
     device: Device = CPU,
-) -> Iterator[Merged]:
+) -> Iterator[tuple[Callable[[Block], Merged], list[Block]]]:
+    """Yield what merges a block, and blocks to merge: those of few enough tensors at a time."""
     for batch in _batches(tasks):
         values = _tensor_statistics(plan, engine, batch, block, device)
         blocks = [part for task in batch for part in fused_blocks_of(plan, task, block, device)]
@@ -217,7 +229,7 @@ def _merge(
             known = {**model_values.get(name, {}), **values.get(name, {})}
             return merge_block(plan, part, known, device)
 
-        yield from engine.imap(merge, blocks)
+        yield merge, blocks
 
 
 def _batches(tasks: Sequence[TensorTask], *, every: bool = False) -> Iterator[list[TensorTask]]:
@@ -307,9 +319,10 @@ def _pass_over(
         assert raw is not None  # `is_raw` said so
         return form.update(done, raw, index)
 
+    size = (_STATISTIC if isinstance(form, WeightStatistic) else FUSED) * block
     for index in range(form.passes):
         wanted = [task for task in tasks if form.wanted(done, task.name, index)]
-        blocks = [part for task in wanted for part in blocks_of(task, _STATISTIC * block)]
+        blocks = [part for task in wanted for part in blocks_of(task, size)]
         summed: dict[str, Tensor] = {}
         for state in engine.imap(partial(update, index=index), blocks):
             summed = joined(summed, state)

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from threading import Event, Lock
+from typing import TypeVar, cast
 
 import torch
 
@@ -23,6 +24,13 @@ class Engine(ABC):
     def imap(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield `function(item)` for each item, in the order of the items."""
 
+    @abstractmethod
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return `function(item)` for each item, in their order; workers take them in it, too.
+
+        Cheaper than `imap`: nobody hands items or results over, so results should be small.
+        """
+
 
 class Here(Engine):
     """In this thread, one after the other; for debugging and as the reference."""
@@ -30,6 +38,10 @@ class Here(Engine):
     def imap(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield the results in order."""
         return map(function, items)
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return the results in order."""
+        return [function(item) for item in items]
 
 
 class Threads(Engine):
@@ -53,6 +65,39 @@ class Threads(Engine):
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return the results in order; on an error the rest is left and the first one raised.
+
+        Items are begun in order and what was begun is finished, so that of several errors the one
+        that is raised is that of the first item, whoever was faster.
+        """
+        numbered, taking = enumerate(items), Lock()
+        results: dict[int, R] = {}
+        errors: dict[int, BaseException] = {}
+        stopped = Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                with taking:
+                    index, item = next(numbered, (-1, None))
+                if index < 0:
+                    return
+                try:
+                    results[index] = function(cast("T", item))
+                except BaseException as error:  # raised in the caller's thread
+                    errors[index] = error
+                    stopped.set()
+
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="mergewell") as pool:
+            try:
+                for future in [pool.submit(work) for _ in range(self.workers)]:
+                    future.result()
+            finally:
+                stopped.set()
+        if errors:
+            raise errors[min(errors)]
+        return [results[index] for index in range(len(results))]
 
 
 @contextmanager
