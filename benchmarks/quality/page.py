@@ -17,6 +17,9 @@ from picture import draw
 from spaces import BUDGET, LEFT_OUT
 from summary import Line, Method, failures, methods, references, sign
 
+from mergewell.learners.base import LEARNERS
+from mergewell.methods.base import METHODS
+
 RESULTS = Path(__file__).parent / "results"
 ABOUT = Path(__file__).parent / "page.head.md"
 TITLES = {
@@ -38,6 +41,7 @@ def main() -> None:
     data: list[dict[str, Any]] = []
     for name, book in books.items():
         if not references(book):
+            parts += [f"## {TITLES[name]}", "", "**Not run yet.**", ""]
             continue
         found = methods(book)
         parts += section(name, book, found)
@@ -76,6 +80,10 @@ def section(name: str, book: Book, found: list[Method]) -> list[str]:
         lines.append(f"| {' | '.join(cells(method))} |")
     lines += ["", *verdicts(name, book, found)]
     failed = {**{n: f"left out: {why}" for n, why in LEFT_OUT.items()}, **failures(book)}
+    waiting = [n for n in (*METHODS.names(), *LEARNERS.names()) if n not in failed]
+    waiting = [n for n in waiting if n not in {method.name for method in found}]
+    if waiting:
+        lines += ["", f"**Not run yet**: {', '.join(f'`{n}`' for n in waiting)}."]
     lines += ["", "Not in the table: " + "; ".join(f"`{n}` ({w})" for n, w in failed.items()), ""]
     lines += ["By task, in the tasks' order "
               f"({', '.join(known['base'][0]['tasks'])}), mean over the seeds:", ""]  # fmt: skip
