@@ -22,7 +22,13 @@ fused = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, inline="always")
 
 TILE = 4096
+"""Elements over which sums are made in the dtype to compute in."""
+
+STEP = 512
 """Elements that the loops work on at a time, so that what they share stays in the first cache."""
+
+AHEAD = 2048
+"""Elements between those that are worked on and those that are asked for from memory."""
 
 LANES = 256
 """Sums that run side by side, so that they can be vectorised without changing their order."""
@@ -50,6 +56,30 @@ def _pointer(_, address):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), code
+
+
+@intrinsic
+def _prefetch(_, address):
+    def code(context, builder, signature, arguments):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        to_read, near, data = number(0), number(3), number(1)
+        builder.call(ask, [builder.inttoptr(arguments[0], pointer), to_read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@inlined
+def ask_for(address, start, size, like):
+    """Ask for the elements that will be worked on when [start, start + STEP) of `size` is past.
+
+    A core sees by itself what a loop will read next, but not across pages, nor in many arrays.
+    """
+    first = min(start + AHEAD, size) * like.itemsize
+    for byte in range(first, min(start + AHEAD + STEP, size) * like.itemsize, 64):
+        _prefetch(address + byte)
 
 
 @inlined
@@ -142,6 +172,45 @@ def not_finite(array):
     return marks.any()
 
 
+def differs(new, old, i):
+    """Return whether two stored elements are different numbers, as a 16-bit number."""
+    raise NotImplementedError
+
+
+@overload(differs, inline="always")
+def _differs(new, old, i):
+    if new.dtype == types.uint16:
+        # other bits, but for the two zeros
+        return lambda new, old, i: np.uint16(
+            ((new[i] ^ old[i]) != 0) & (((new[i] | old[i]) & np.uint16(0x7FFF)) != 0)
+        )
+    return lambda new, old, i: np.uint16(new[i] != old[i])
+
+
+@fused
+def compare(merged, reference, marks, lanes):
+    """Add what some of a tile says to the marks and to the sums of that tile; see `account`."""
+    moved, size, bad, changed = lanes[0], lanes[1], marks[0], marks[1]
+    for start in range(0, merged.size, LANES):
+        new, old = merged[start : start + LANES], reference[start : start + LANES]
+        for i in range(new.size):
+            x, y = load(new, i), load(old, i)
+            moved[i] += (x - y) * (x - y)
+            size[i] += y * y
+        for i in range(new.size):
+            bad[i] |= not_finite_mark(new, i) | not_finite_mark(old, i)
+            changed[i] |= differs(new, old, i)
+
+
+@fused
+def fold(lanes, sums):
+    """Add the sums of a tile to those of the block, in float64, and begin the next tile's."""
+    for i in range(LANES):
+        sums[0, i] += lanes[0, i]
+        sums[1, i] += lanes[1, i]
+    lanes[:] = 0
+
+
 @fused
 def account(merged, reference, marks, lanes, sums):
     """Add what a tile of the result says to the tally of a block; see `tallied`.
@@ -152,19 +221,8 @@ def account(merged, reference, marks, lanes, sums):
     The sums of a tile are made in the dtype to compute in, those of tiles in float64.
     """
     lanes[:] = 0
-    moved, size, bad, changed = lanes[0], lanes[1], marks[0], marks[1]
-    for start in range(0, merged.size, LANES):
-        new, old = merged[start : start + LANES], reference[start : start + LANES]
-        for i in range(new.size):
-            x, y = load(new, i), load(old, i)
-            moved[i] += (x - y) * (x - y)
-            size[i] += y * y
-        for i in range(new.size):
-            bad[i] |= not_finite_mark(new, i) | not_finite_mark(old, i)
-            changed[i] |= np.uint16(load(new, i) != load(old, i))
-    for i in range(LANES):
-        sums[0, i] += moved[i]
-        sums[1, i] += size[i]
+    compare(merged, reference, marks, lanes)
+    fold(lanes, sums)
 
 
 @fused
@@ -180,10 +238,12 @@ def average(experts, coefficients, total, normalize, reference, out) -> Any:
     What is not finite in an input is not finite in the result, so only that is looked at.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), coefficients.dtype)
-    tile = np.empty(TILE, coefficients.dtype)
-    for start in range(0, out.size, TILE):
-        stop = min(start + TILE, out.size)
+    lanes = np.zeros((2, LANES), coefficients.dtype)
+    tile = np.empty(STEP, coefficients.dtype)
+    for start in range(0, out.size, STEP):
+        stop = min(start + STEP, out.size)
+        for k in range(experts.size):
+            ask_for(experts[k], start, out.size, out)
         c, expert = coefficients[0], part_of(experts, 0, start, stop, out)
         for i in range(expert.size):
             tile[i] = c * load(expert, i)
@@ -197,7 +257,10 @@ def average(experts, coefficients, total, normalize, reference, out) -> Any:
                 tile[i] = tile[i] / total
         for i in range(part.size):
             store(part, i, tile[i])
-        account(part, reference[start:stop], marks, lanes, sums)
+        compare(part, reference[start:stop], marks, lanes)
+        if stop % TILE == 0:
+            fold(lanes, sums)
+    fold(lanes, sums)
     return tallied(marks, sums)
 
 
@@ -208,11 +271,14 @@ def task_arithmetic(base, experts, coefficients, divisor, scale, out) -> Any:
     Returns the tally; what is not finite in an input is not finite in the result.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), coefficients.dtype)
-    origin = np.empty(TILE, coefficients.dtype)
-    tile = np.empty(TILE, coefficients.dtype)
-    for start in range(0, out.size, TILE):
-        stop = min(start + TILE, out.size)
+    lanes = np.zeros((2, LANES), coefficients.dtype)
+    origin = np.empty(STEP, coefficients.dtype)
+    tile = np.empty(STEP, coefficients.dtype)
+    for start in range(0, out.size, STEP):
+        stop = min(start + STEP, out.size)
+        ask_for(base.ctypes.data, start, out.size, out)
+        for k in range(experts.size):
+            ask_for(experts[k], start, out.size, out)
         own, c = base[start:stop], coefficients[0]
         expert = part_of(experts, 0, start, stop, out)
         for i in range(own.size):
@@ -228,7 +294,10 @@ def task_arithmetic(base, experts, coefficients, divisor, scale, out) -> Any:
                 tile[i] = tile[i] / divisor
         for i in range(part.size):
             store(part, i, origin[i] + scale * tile[i])
-        account(part, own, marks, lanes, sums)
+        compare(part, own, marks, lanes)
+        if stop % TILE == 0:
+            fold(lanes, sums)
+    fold(lanes, sums)
     return tallied(marks, sums)
 
 
@@ -237,13 +306,18 @@ def line(first, second, shares, reference, out) -> Any:
     """Store s_1 x_1 + s_2 x_2; return the tally."""
     left, right = shares[0], shares[1]
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), shares.dtype)
-    for start in range(0, out.size, TILE):
-        one, two = first[start : start + TILE], second[start : start + TILE]
-        part = out[start : start + TILE]
+    lanes = np.zeros((2, LANES), shares.dtype)
+    for start in range(0, out.size, STEP):
+        ask_for(first.ctypes.data, start, out.size, out)
+        ask_for(second.ctypes.data, start, out.size, out)
+        one, two = first[start : start + STEP], second[start : start + STEP]
+        part = out[start : start + STEP]
         for i in range(part.size):
             store(part, i, left * load(one, i) + right * load(two, i))
-        account(part, reference[start : start + TILE], marks, lanes, sums)
+        compare(part, reference[start : start + STEP], marks, lanes)
+        if (start + STEP) % TILE == 0:
+            fold(lanes, sums)
+    fold(lanes, sums)
     return tallied(marks, sums)
 
 
@@ -261,6 +335,9 @@ def products(first, second, chunk, sums):
         lanes[:] = 0
         for start in range(begin, end, LANES):
             stop = min(start + LANES, end)
+            if start % STEP == 0:
+                ask_for(first.ctypes.data, start, first.size, first)
+                ask_for(second.ctypes.data, start, first.size, first)
             one, two = first[start:stop], second[start:stop]
             for i in range(one.size):
                 x, y = np.float64(load(one, i)), np.float64(load(two, i))
