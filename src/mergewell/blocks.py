@@ -48,7 +48,7 @@ After such a block nothing of Python is in the cache, so that a call costs 150 t
 _FAR = 8
 """Blocks that another device takes at a time: each call and copy costs, its temporaries too."""
 
-_LARGEST = _FAR * BLOCK
+_LARGEST = BLOCK
 """Elements that the torch form takes at most of a block that the fused one did not cover."""
 
 
