@@ -78,7 +78,7 @@ def section(name: str, book: Book, found: list[Method]) -> list[str]:
     ]  # fmt: skip
     for method in found:
         lines.append(f"| {' | '.join(cells(method))} |")
-    lines += ["", *verdicts(name, book, found)]
+    lines += ["", *verdicts(name, book, found), *beside_public(book)]
     failed = {**{n: f"left out: {why}" for n, why in LEFT_OUT.items()}, **failures(book)}
     waiting = [n for n in (*METHODS.names(), *LEARNERS.names()) if n not in failed]
     waiting = [n for n in waiting if n not in {method.name for method in found}]
@@ -91,6 +91,39 @@ def section(name: str, book: Book, found: list[Method]) -> list[str]:
         tasks = [np.mean([row["tasks"][t] for row in known[one]]) for t in known[one][0]["tasks"]]
         lines.append(f"- {one}: {', '.join(f'{value:.1f}' for value in tasks)}")
     return [*lines, ""]
+
+
+def beside_public(book: Book) -> list[str]:
+    """Return the table of public implementations beside ours, in the settings of ours."""
+    rows = [row for row in book.rows.values() if row["kind"] == "public"]
+    if not rows:
+        return []
+    lines = [
+        "", f"**Public implementations** ({rows[0]['source']}), on the same experts in the setting "
+        "of the line above, as their classes come; their merged task vector less ours, relative to "
+        "ours, over two-dimensional tensors and over the others (`public.py`):", "",
+        "| method | seed | ours | public | matrices apart | others apart | merging: ours, CPU s "
+        "| public, CPU s |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        ours = book.known({**row, "kind": "test"})
+        if "error" in row or ours is None:
+            why = row.get("error", "ours has not been run in this setting")
+            lines.append(f"| `{row['method']}` | {row['seed']} | – | {why} | | | | |")
+            continue
+        tried = book.rows.values()
+        seconds = [
+            r["merge_s"]
+            for r in tried
+            if r["kind"] == "candidate" and r["method"] == row["method"] and "merge_s" in r
+        ]
+        cells = [
+            f"`{row['method']}`", str(row["seed"]), f"{ours['mean']:.1f}", f"{row['mean']:.1f}",
+            f"{row['apart']['matrices']:.1e}", f"{row['apart']['others']:.1e}",
+            f"{max(seconds):.1f}", f"{row['merge_s']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def reference(name: str, rows: list[Row]) -> str:

@@ -122,9 +122,12 @@ class Bench:
         scores = self.judge.scores(self.of.test)
         if keep:
             self._keep(name, scores)
+        return {**self.judged(scores), "cpu_s": time.process_time() - began}
+
+    def judged(self, scores: Scores) -> Row:
+        """Return what is reported of test scores, with the gains over ensemble and `COMPARED`."""
         others = {n: s for n in ("ensemble", COMPARED) if (s := self._kept(n)) is not None}
-        result = judged(self.of.metric, scores, self.own, others)
-        return {**result, "cpu_s": time.process_time() - began}
+        return judged(self.of.metric, scores, self.own, others)
 
     def _row(self, kind: str, name: str, candidate: Candidate) -> Row:
         return {
