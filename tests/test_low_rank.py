@@ -73,8 +73,8 @@ def test_vectors_and_excluded_tensors_get_the_inner_method(name: str) -> None:
     base = group.required_base
     plain = base + 0.5 * (Ties(density=0.5).merge(group) - base)
     assert torch.equal(method.merge(group), plain)
-    assert method.for_tensor("lm_head.weight", guided=False) == Ties(density=0.5)
-    assert method.for_tensor("layer.weight", guided=False) == method
+    assert method.for_tensor("lm_head.weight", shape=(4, 4), guided=False) == Ties(density=0.5)
+    assert method.for_tensor("layer.weight", shape=(4, 4), guided=False) == method
 
 
 def test_a_sketch_is_taken_only_where_it_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,10 +103,10 @@ def test_vectors_get_the_mean_task_vector_times_scale(shape: tuple[int, ...]) ->
     ],
 )
 def test_embeddings_and_heads_get_an_ordinary_method_that_the_plan_names(name: str) -> None:
-    assert Seen(scale=0.5).for_tensor(name, guided=False) == TaskArithmetic(
+    assert Seen(scale=0.5).for_tensor(name, shape=(4, 4), guided=False) == TaskArithmetic(
         scale=0.5, divide="count"
     )
-    assert Seen(exclude="").for_tensor(name, guided=False) == Seen(exclude="")
+    assert Seen(exclude="").for_tensor(name, shape=(4, 4), guided=False) == Seen(exclude="")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,15 @@ def test_embeddings_and_heads_get_an_ordinary_method_that_the_plan_names(name: s
     ],
 )
 def test_inner_layers_are_matrices(name: str) -> None:
-    assert Seen().for_tensor(name, guided=False) == Seen()
-    assert isinstance(Seen(exclude="layer|conv|dec|bloc|pool").for_tensor(name, guided=False),
-                      TaskArithmetic)  # fmt: skip
+    assert Seen().for_tensor(name, shape=(4, 4), guided=False) == Seen()
+    excluded = Seen(exclude="layer|conv|dec|bloc|pool")
+    assert isinstance(excluded.for_tensor(name, shape=(4, 4), guided=False), TaskArithmetic)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4), (4, 1), (4, 1, 1, 1)])
+def test_what_is_no_matrix_is_planned_as_what_it_gets(shape: tuple[int, ...]) -> None:
+    others = TaskArithmetic(scale=0.5, divide="count")
+    assert Seen(scale=0.5).for_tensor("layer.norm", shape=shape, guided=False) == others
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
@@ -154,8 +160,8 @@ def test_a_result_is_refined_as_matrices_and_left_alone_elsewhere() -> None:
     assert Doubled(of=inner, scale=0.5).merge(group(3, 2)).unique().tolist() == [5 + 7]
     assert Doubled(of=inner).merge(group(3)).unique().tolist() == [5 + 7]
     assert Doubled(of=inner, parts=3).merge(group(3, 2)).unique().tolist() == [5 + 2 * 7]
-    assert Doubled(of=inner).for_tensor("lm_head.weight", guided=False) == inner
-    assert Doubled(of=inner).for_tensor("q.weight", guided=False) == Doubled(of=inner)
+    assert Doubled(of=inner).for_tensor("lm_head.weight", shape=(4, 4), guided=False) == inner
+    assert Doubled(of=inner).for_tensor("q.weight", shape=(4, 4), guided=False) == Doubled(of=inner)
 
 
 def test_needs_are_those_of_the_inner_method_on_whole_matrices() -> None:
@@ -164,7 +170,7 @@ def test_needs_are_those_of_the_inner_method_on_whole_matrices() -> None:
     assert Doubled.model_validate({"of": "slerp"}).needs.experts == 2
     guided = Doubled.model_validate({"of": "m_ties"})
     assert guided.needs.calibration == ("m_loss",)
-    assert guided.for_tensor("q.weight", guided=False).needs.calibration == ()
+    assert guided.for_tensor("q.weight", shape=(4, 4), guided=False).needs.calibration == ()
     assert "divided" not in Doubled.model_validate({"of": "slerp"}).objection([1.0, 2.0])
     assert Doubled.model_validate({"of": "average"}).objection([1.0, -1.0])
 

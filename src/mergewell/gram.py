@@ -85,9 +85,9 @@ class GramMerge(MergeMethod):
     """Whether the calibration holds the inputs of this tensor's map; planning sets it, to false
     for embeddings, norms and biases, which are averaged."""
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method itself for a tensor with known inputs, else that which averages."""
-        del name
+        del name, shape
         return self if guided == self.guided else self.model_copy(update={"guided": guided})
 
     def objection(self, coefficients: Sequence[float]) -> str:

@@ -81,14 +81,14 @@ class LowRankMerge(MatrixMerge):
 
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled task matrix; for vectors what `of` gives, scaled."""
-        if is_matrix(group.experts[0]):
+        if is_matrix(group.experts[0].shape):
             return super().merge(group)
         moved = self.of.merge(group) - group.required_base
         return group.required_base + self.scale * moved
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method with `of` for this tensor, or `of` alone for one that is excluded."""
-        inner = self.of.for_tensor(name, guided=guided)
+        inner = self.of.for_tensor(name, shape=shape, guided=guided)
         return inner if self.excludes(name) else self.model_copy(update={"of": inner})
 
     def objection(self, coefficients: Sequence[float]) -> str:

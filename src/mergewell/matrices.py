@@ -13,6 +13,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, cast, overload
 
 import torch
@@ -129,10 +130,10 @@ class MatrixMerge(MergeMethod):
         """Return the method for what is no matrix: the average of the task vectors times scale."""
         return TaskArithmetic(scale=self.scale, divide="count")
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
-        """Return the method itself, or that of `others` for a tensor excluded by its name."""
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
+        """Return the method itself, or that of `others` for what is no matrix or excluded."""
         del guided
-        return self.others() if self.excludes(name) else self
+        return self if is_matrix(shape) and not self.excludes(name) else self.others()
 
     def excludes(self, name: str) -> bool:
         """Return whether a tensor is no matrix by its name."""
@@ -141,7 +142,7 @@ class MatrixMerge(MergeMethod):
 
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled merged task matrix; for vectors that of `others`."""
-        if not is_matrix(group.experts[0]):
+        if not is_matrix(group.experts[0].shape):
             return self.others().merge(group)
         return group.required_base + self.scale * self.on_matrices(group, self.combine)
 
@@ -198,9 +199,9 @@ def mean_of_agreeing(matrices: Sequence[Tensor]) -> Tensor:
     return ops.divided(summed, ops.total(agree))
 
 
-def is_matrix(tensor: Tensor) -> bool:
-    """Return whether a tensor, folded, has two rows and two columns at least."""
-    return tensor.dim() > 1 and min(rows_of(tensor).shape) > 1
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Return whether a tensor of this shape, folded, has two rows and two columns at least."""
+    return len(shape) > 1 and shape[0] > 1 and prod(shape[1:]) > 1
 
 
 class SpectralMerge(MatrixMerge):
@@ -314,7 +315,7 @@ class RefinedMerge(SpectralMerge):
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the scaled corrected task vector."""
         merged = self.of.merge(group) - group.required_base
-        if not is_matrix(merged):
+        if not is_matrix(merged.shape):
             return group.required_base + self.scale * self.refine_vector(merged, group)
         whole = iter(self.folded(merged, group.name))
 
@@ -329,9 +330,9 @@ class RefinedMerge(SpectralMerge):
         del group
         return merged
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method with `of` for this tensor, or `of` alone for one that is excluded."""
-        inner = self.of.for_tensor(name, guided=guided)
+        inner = self.of.for_tensor(name, shape=shape, guided=guided)
         return inner if self.excludes(name) else self.model_copy(update={"of": inner})
 
     def statistics(self) -> Sequence[WeightStatistic]:

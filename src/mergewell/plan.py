@@ -288,7 +288,7 @@ def _task(
             "calibrate` and name it in the recipe with `calibration: FILE`."
         )
     guided = guidance is not None and guidance.guides(name, method.needs.calibration)
-    method = method.for_tensor(name, guided=guided)
+    method = method.for_tensor(name, shape=spec.shape, guided=guided)
     for expert in experts:
         other = _find(expert, name, reference)
         if other.shape != spec.shape:

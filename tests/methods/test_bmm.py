@@ -40,7 +40,10 @@ def test_it_needs_what_its_anchor_needs() -> None:
     assert method.needs.base and method.needs.granularity == "matrix"
     assert method.statistics() == Ties().statistics()
     assert not Bmm().needs.base and Bmm(anchor="m_ties").needs.calibration == ("gram", "m_loss")
-    assert Bmm(anchor="task_arithmetic").for_tensor("w", guided=False) == TaskArithmetic()
+    assert (
+        Bmm(anchor="task_arithmetic").for_tensor("w", shape=(4, 4), guided=False)
+        == TaskArithmetic()
+    )
     assert Bmm().merge(replace(random_group()[0], calibration={})).shape == (5, 4)
 
 

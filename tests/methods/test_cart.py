@@ -32,7 +32,7 @@ def test_all_directions_or_no_scale_is_the_average() -> None:
 
 def test_needs_no_base_and_averages_the_rest() -> None:
     assert not Cart().needs.base
-    assert Cart().for_tensor("lm_head.weight", guided=False) == Average()
+    assert Cart().for_tensor("lm_head.weight", shape=(4, 4), guided=False) == Average()
     vectors = group(drawn(5, seed=1), drawn(5, seed=2))
     torch.testing.assert_close(Cart(scale=3.0).merge(vectors), Average().merge(vectors))
     doubled = group(drawn(6, 4, seed=1), drawn(6, 4, seed=2), coefficients=[2.0, 2.0])

@@ -57,7 +57,7 @@ def test_equal_information_is_the_average_and_one_alone_is_its_expert() -> None:
 def test_rows_may_be_merged_apart_and_what_is_not_known_is_averaged() -> None:
     method = Fisher()
     assert method.needs.granularity == "row" and method.needs.calibration == ("fisher",)
-    plain = method.for_tensor("w", guided=False)
+    plain = method.for_tensor("w", shape=(4, 4), guided=False)
     assert plain.needs.granularity == "element" and not plain.needs.calibration
     made = group(EXPERTS, None)
     torch.testing.assert_close(plain.merge(made), Average().merge(made))

@@ -41,8 +41,8 @@ def test_what_has_no_inputs_gets_the_mean_task_vector() -> None:
     still = replace(made, calibration={})
     wanted = TaskArithmetic(scale=1.2, divide="count").merge(still)
     torch.testing.assert_close(Lot().merge(still), wanted)
-    assert Lot().for_tensor("w", guided=False).needs.granularity == "element"
-    assert Lot().for_tensor("w", guided=False).needs.base
+    assert Lot().for_tensor("w", shape=(4, 4), guided=False).needs.granularity == "element"
+    assert Lot().for_tensor("w", shape=(4, 4), guided=False).needs.base
 
 
 def test_weak_directions_are_taken_as_unseen() -> None:

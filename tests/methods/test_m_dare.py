@@ -32,8 +32,8 @@ def test_measured_rows_are_those_of_m_ties() -> None:
 
 def test_other_tensors_get_dare() -> None:
     tensors = random_group(MDare(), (20, 30))
-    method = MDare(density=0.4).for_tensor("w", guided=False)
+    method = MDare(density=0.4).for_tensor("w", shape=(4, 4), guided=False)
     assert torch.equal(method.merge(tensors), Dare(density=0.4).merge(tensors))
-    none = MDare(density=0.4, rescale="none").for_tensor("w", guided=False)
+    none = MDare(density=0.4, rescale="none").for_tensor("w", shape=(4, 4), guided=False)
     expected = Dare(density=0.4, rescale="none").merge(tensors)
     assert torch.equal(none.merge(tensors), expected)

@@ -121,7 +121,7 @@ def test_density_1_without_spread_is_election_and_disjoint_mean() -> None:
 
 def test_tensors_that_are_not_guided_get_ties_as_a_whole() -> None:
     tensors = random_group(MTies(), (6, 10))
-    method = MTies(density=0.3).for_tensor("w", guided=False)
+    method = MTies(density=0.3).for_tensor("w", shape=(4, 4), guided=False)
     assert method.needs.granularity == "element" and not method.needs.calibration
     assert torch.equal(method.merge(tensors), Ties(density=0.3).merge(tensors))
 
@@ -129,7 +129,7 @@ def test_tensors_that_are_not_guided_get_ties_as_a_whole() -> None:
 def test_layers_restrict_what_is_guided() -> None:
     method = MTies(layers=(1, 2))
     guided = [
-        method.for_tensor(name, guided=True).needs.calibration
+        method.for_tensor(name, shape=(4, 4), guided=True).needs.calibration
         for name in ("layers.0.w", "layers.1.w", "layers.2.w", "head.w")
     ]
     assert guided == [(), ("m_loss",), ("m_loss",), ()]

@@ -37,4 +37,4 @@ def test_what_has_no_inputs_stays_at_the_start() -> None:
     method = Mats(start="task_arithmetic", scale=0.4)
     assert torch.equal(method.merge(still), TaskArithmetic(scale=0.4).merge(still))
     assert method.needs.base and not Mats().needs.base
-    assert not method.for_tensor("w", guided=False).needs.calibration
+    assert not method.for_tensor("w", shape=(4, 4), guided=False).needs.calibration

@@ -51,7 +51,7 @@ def test_it_does_not_depend_on_the_base_or_the_order() -> None:
 
 def test_what_has_no_inputs_is_averaged() -> None:
     made, _ = random_group()
-    method = RegMean().for_tensor("w", guided=False)
+    method = RegMean().for_tensor("w", shape=(4, 4), guided=False)
     assert not method.needs.calibration and method.needs.granularity == "element"
     assert RegMean().needs.calibration == ("gram",) and not RegMean().needs.base
     assert torch.equal(RegMean().merge(replace(made, calibration={})), averaged(made))

@@ -112,9 +112,13 @@ class MergeMethod(Component):
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the merged tensor, of the shape and dtype of the experts'."""
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
-        """Return the method for one tensor; `guided` says whether the calibration speaks of it."""
-        del name, guided
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
+        """Return the method for one tensor; `guided` says whether the calibration speaks of it.
+
+        A method that treats some tensors as another method does returns that one: so the plan
+        says what each tensor gets.
+        """
+        del name, shape, guided
         return self
 
     def statistics(self) -> Sequence[WeightStatistic]:

@@ -55,9 +55,9 @@ class Bmm(MergeMethod):
         """The anchor's method."""
         return METHODS.build(self.anchor, {}, where="bmm: anchor")
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method itself for a tensor with known inputs, else the anchor's."""
-        return self if guided else self.around.for_tensor(name, guided=False)
+        return self if guided else self.around.for_tensor(name, shape=shape, guided=False)
 
     def statistics(self) -> Sequence[WeightStatistic]:
         """Return what the anchor needs."""

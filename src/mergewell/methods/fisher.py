@@ -40,9 +40,9 @@ class Fisher(MergeMethod):
     guided: bool = True
     """Whether the calibration holds the Fisher information of this tensor; planning sets it."""
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method itself for a tensor with known gradients, else that which averages."""
-        del name
+        del name, shape
         return self if guided == self.guided else self.model_copy(update={"guided": guided})
 
     def objection(self, coefficients: Sequence[float]) -> str:

@@ -324,8 +324,9 @@ class GuidedMerge(SparseMerge):
     ties: Literal["position", "keep"] = "position"
     """Of equal magnitudes in a guided row keep those in front, or all (released code)."""
 
-    def for_tensor(self, name: str, *, guided: bool) -> Self:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> Self:
         """Return the method itself for a guided tensor, and that of budget "none" for others."""
+        del shape
         if guided and self.layers is not None:
             guided = layer_number(self.layer_pattern, name) in self.layers
         return self if guided else self.model_copy(update={"budget": "none"})

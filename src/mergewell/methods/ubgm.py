@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -50,9 +51,9 @@ class Ubgm(MergeMethod):
     guided: bool = True
     """Whether the calibration holds the Fisher information of this tensor; planning sets it."""
 
-    def for_tensor(self, name: str, *, guided: bool) -> MergeMethod:
+    def for_tensor(self, name: str, *, shape: Sequence[int], guided: bool) -> MergeMethod:
         """Return the method itself for a tensor with known gradients, else task arithmetic."""
-        del name
+        del name, shape
         return self if guided == self.guided else self.model_copy(update={"guided": guided})
 
     def merge(self, group: TensorGroup) -> Tensor:
