@@ -23,7 +23,7 @@ from mergewell.errors import ModelError
 from mergewell.models.coroutine import Coroutine, running
 from mergewell.models.cut import Piece, cut
 from mergewell.models.dataflow import Batch, call, evaluating
-from mergewell.models.heap import give_back
+from mergewell.models.heap import give_back, settle
 from mergewell.models.skeleton import Fetching, Skeleton
 from mergewell.models.spill import Spill
 
@@ -145,6 +145,7 @@ class Walk:
             for skeleton in self._models.values():
                 stack.enter_context(_stops(skeleton.module, self._piece_of))
             if self._keeps:
+                settle()
                 self._load(("",))
             together = max(1, LANES // len(self._models))
             for first in range(0, len(self._batches), together):
@@ -157,7 +158,7 @@ class Walk:
         """Let every model's forward pass of a batch run to its first stop."""
         lanes[index] = {}
         for name, skeleton in self._models.items():
-            lane = _Lane(Coroutine(_forward(skeleton, self._batches[index])))
+            lane = _Lane(Coroutine(_forward(skeleton, self._batches[index], self._keeps)))
             lanes[index][name] = lane
             self._go_on(name, lane, None)
 
@@ -203,7 +204,8 @@ class Walk:
         first = (model, request.module) not in self._tried
         self._tried.add((model, request.module))
         # a module may use weights that it does not own: the first call shows which
-        watching = Fetching(skeleton, skeleton.keep) if first else nullcontext()
+        looks = first and not self._keeps
+        watching = Fetching(skeleton, skeleton.keep) if looks else nullcontext()
         with self._around(model, request.module, self._batches[index]), watching:
             return module(*request.args, **request.kwargs)
 
@@ -249,7 +251,7 @@ def _place(models: Mapping[str, _Lane]) -> str | None:
     return place
 
 
-def _forward(skeleton: Skeleton, batch: Batch) -> Callable[[], Any]:
+def _forward(skeleton: Skeleton, batch: Batch, has_all: bool) -> Callable[[], Any]:
     def run() -> Any:
         coroutine = running()
         assert coroutine is not None
@@ -257,7 +259,8 @@ def _forward(skeleton: Skeleton, batch: Batch) -> Callable[[], Any]:
         def ask(weights: list[Tensor]) -> None:
             coroutine.ask(Wanted(weights))
 
-        with torch.inference_mode(False), torch.no_grad(), Fetching(skeleton, ask):
+        watching = nullcontext() if has_all else Fetching(skeleton, ask)
+        with torch.inference_mode(False), torch.no_grad(), watching:
             return call(skeleton.module, batch)
 
     return run

@@ -19,7 +19,10 @@ TOLERANCE = 1e-4
 """How far coefficients may sum from 1 (papers.md 1.2.3)."""
 
 BLOCK = 131_072
-"""Elements handled at a time: what is made of them stays in the cache."""
+"""Elements of a block of rows: of some of these the moments are made, see `SPARSE`."""
+
+CACHE = 1 << 18
+"""Elements of all experts that are handled at a time: what is made of them stays in the cache."""
 
 PLENTY = 256
 """Observations in a batch from which float32 is enough, if the gap is not small."""
@@ -113,7 +116,7 @@ class MLoss(Statistic[ActivationBatch]):
         sums = _Sums(samples, nodes, first.device)
         table = _Moments(sides, nodes) if self.moments and merged is None else None
         plenty = first.dtype != torch.float64 and rows * after >= PLENTY
-        for index, picked, columns in _blocks(sides[0][0], kept):
+        for index, picked, columns in _blocks(sides[0][0], kept, len(sides) * len(sides[0])):
 
             def cut(
                 part: Tensor,
@@ -342,16 +345,20 @@ def _rows(z: Tensor, node_dim: int, masked: bool) -> Tensor:
     return z.reshape(z.shape[:dim].numel(), z.shape[dim], z.shape[dim + 1 :].numel())
 
 
-def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[int, slice | Tensor, slice]]:
+def _blocks(
+    z: Tensor, kept: Tensor | None, tensors: int
+) -> Iterator[tuple[int, slice | Tensor, slice]]:
     """Cut rows and nodes into blocks that stay in the cache; one block on other devices.
 
-    Yields the number of the block of rows, these rows, and the nodes.
+    Yields the number of the block of rows, these rows, and the nodes; `tensors` are cut alike.
     """
     rows, nodes, after = z.shape
     rows = rows if kept is None else len(kept)
     size = BLOCK if z.device.type == "cpu" else max(1, z.numel())
     width = max(1, min(nodes, size // max(1, after)))
     height = max(1, size // max(1, after * width))
+    if z.device.type == "cpu":
+        width = max(1, min(width, CACHE // (tensors * max(1, after * min(height, rows)))))
     for index, row in enumerate(range(0, rows, height)):
         picked = slice(row, row + height)
         for column in range(0, nodes, width):
