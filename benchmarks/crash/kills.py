@@ -203,6 +203,8 @@ def main() -> None:
             if found["damaged"] or found["not_resumed"]:
                 raise SystemExit(f"{way.name}, killed after {moment:.4f} s: {found}; see {work}")
             shutil.rmtree(out) if out.is_dir() else out.unlink()
+            # of a job killed after the rename; the next round is another recipe's
+            shutil.rmtree(work / f".{out.name}.mergewell", ignore_errors=True)
     except BaseException:
         print(f"left for a look: {work}", file=sys.stderr)
         raise
