@@ -18,6 +18,7 @@ LAYERS = [
         "guidance",
         "guidance_states",
         "plan",
+        "plan_checks",
         "changes",
         "run",
         "blocks",

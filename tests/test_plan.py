@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import save_adapter
 from toys import family, recipe_of, save, tensors
 
 from mergewell.errors import CheckpointError, PlanError
 from mergewell.plan import make_plan
 from mergewell.recipe import make_recipe
+from mergewell.run import merge_tensors
 from mergewell.storage.base import Checkpoint
+from mergewell.storage.checkpoint import open_checkpoint
 
 
 def test_a_plan_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +98,28 @@ def test_a_model_named_twice_is_warned_of(tmp_path: Path) -> None:
     base, experts = family(tmp_path)
     plan = make_plan(recipe_of(base, [experts[0], experts[0]], {"name": "average"}))
     assert plan.warnings == (f"{experts[0]} is named twice.",)
+
+
+def test_keeping_an_adapter_s_tensor_writes_the_base_s_dtype(tmp_path: Path) -> None:
+    base, _ = family(tmp_path, experts=1)
+    factors = {
+        "layer.0.lora_A.weight": torch.full((1, tensors(0)["layer.0.weight"].shape[1]), 0.5),
+        "layer.0.lora_B.weight": torch.ones(tensors(0)["layer.0.weight"].shape[0], 1),
+    }
+    adapter = save_adapter(tmp_path / "adapter", factors, base_model_name_or_path="a/stranger")
+    recipe = make_recipe(
+        {
+            "base": str(base),
+            "experts": [{"path": str(adapter)}],
+            "method": {"name": "average"},
+            "rules": [{"match": "layer.0.weight", "method": {"name": "keep", "model": 1}}],
+        }
+    )
+    plan = make_plan(recipe)
+    held = open_checkpoint(base)
+    task = plan.tasks["layer.0.weight"]
+    assert (task.spec.dtype, task.copied_from) == (held.spec(task.name).dtype, None)
+    assert any("trained on a/stranger" in warning for warning in plan.warnings)
+    merged = dict(merge_tensors(plan))["layer.0.weight"]
+    expected = held["layer.0.weight"].double() + 2 * 0.5  # alpha 2 over rank 1
+    assert torch.equal(merged, expected.to(merged.dtype))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,10 @@ from mergewell.guidance import Guidance, open_guidance
 from mergewell.inputs import input_files
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
+from mergewell.plan_checks import check_needs, find, listed, warnings_about
 from mergewell.recipe import LayerRange, Recipe, Rule
 from mergewell.repair_step import module_source
+from mergewell.storage.adapter import AdapterCheckpoint
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
 from mergewell.storage.layer_stack import LayerPiece, LayerStack
 from mergewell.storage.layout import shard_layouts
@@ -28,10 +29,6 @@ from mergewell.tensor_group import CHUNK
 
 BLOCK = 2 * CHUNK
 """Elements of a block: K + 1 of them in float32 and their temporaries stay in a core's cache."""
-
-_CONFIG_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +208,7 @@ def make_plan(recipe: Recipe) -> Plan:
     base = open_model(recipe.base, recipe.base_layers) if recipe.base is not None else None
     experts = tuple(open_model(expert.path, expert.layers, base=base) for expert in recipe.experts)
     reference = base if base is not None else experts[0]
-    warnings = [*recipe.notes, *_compare_configs(reference, experts), *_same_paths(recipe)]
+    warnings = [*recipe.notes, *warnings_about(recipe, reference, experts)]
     guidance = None
     if recipe.calibration is not None:
         guidance = open_guidance(recipe.calibration, (reference, *experts))
@@ -230,7 +227,7 @@ def make_plan(recipe: Recipe) -> Plan:
         used_rules += [rule for name in extra if (rule := recipe.rule_for(name))]
         if kept:
             raise PlanError(
-                f"{expert.path}: {_listed(kept)} not in {reference.path}; leave it out by a rule "
+                f"{expert.path}: {listed(kept)} not in {reference.path}; leave it out by a rule "
                 f"{{match: {kept[0]!r}, omit: true}}."
             )
     for rule in recipe.rules:
@@ -281,7 +278,7 @@ def _task(
     coefficients = recipe.coefficients_for(rule)
     if isinstance(method, Keep):
         return _kept(method, coefficients, (reference, *experts), name)
-    _check_needs(method, coefficients, base, experts)
+    check_needs(method, coefficients, base, experts)
     if method.needs.calibration and guidance is None:
         raise PlanError(
             f"{method.component_name()} is guided by a calibration; make one with `mergewell "
@@ -290,7 +287,7 @@ def _task(
     guided = guidance is not None and guidance.guides(name, method.needs.calibration)
     method = method.for_tensor(name, shape=spec.shape, guided=guided)
     for expert in experts:
-        other = _find(expert, name, reference)
+        other = find(expert, name, reference)
         if other.shape != spec.shape:
             raise PlanError(
                 f"{expert.path}: {name} has shape {list(other.shape)}, but {list(spec.shape)} in "
@@ -315,86 +312,9 @@ def _kept(
         raise PlanError(
             f"{name}: keep asks for model {method.model}, but there are {len(models) - 1} experts."
         )
-    spec = _find(models[method.model], name, models[0])
+    chosen = models[method.model]
+    spec = find(chosen, name, models[0])
+    if isinstance(chosen, AdapterCheckpoint) and name in chosen.touched:
+        written = TensorSpec(name, models[0].spec(name).dtype, spec.shape)
+        return TensorTask(written, method, coefficients)  # a sum that stands in no file
     return TensorTask(spec, method, coefficients, copied_from=method.model)
-
-
-def _check_needs(
-    method: MergeMethod,
-    coefficients: tuple[float, ...],
-    base: Checkpoint | None,
-    experts: Sequence[Checkpoint],
-) -> None:
-    name = method.component_name()
-    if method.needs.base and base is None:
-        raise PlanError(f"{name} needs the base of the experts; name it with `base` or --base.")
-    if method.needs.experts is not None and method.needs.experts != len(experts):
-        raise PlanError(
-            f"{name} takes {method.needs.experts} experts, but {len(experts)} are named."
-        )
-    for field in type(method).model_fields:
-        value = getattr(method, field)
-        if not isinstance(value, tuple) or field == "layers":
-            continue
-        if len(cast("tuple[float, ...]", value)) != len(experts):
-            raise PlanError(
-                f"{name}: {field} has {len(cast('tuple[float, ...]', value))} values for "
-                f"{len(experts)} experts; give one value, or one an expert."
-            )
-    if objection := method.objection(coefficients):
-        raise PlanError(f"{name}: {objection}.")
-
-
-def _find(checkpoint: Checkpoint, name: str, reference: Checkpoint) -> TensorSpec:
-    if name not in checkpoint:
-        missing = [n for n in reference if n not in checkpoint]
-        raise PlanError(
-            f"{checkpoint.path}: {_listed(missing)} missing, but in {reference.path}; is it of the "
-            f"same architecture? To keep the base's, add a rule {{match: {missing[0]!r}, "
-            "method: {name: keep, model: 0}}."
-        )
-    spec = checkpoint.spec(name)
-    return TensorSpec(name, spec.dtype, spec.shape)
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return f"{names[0]} is"
-    shown = ", ".join(islice(names, 2))
-    return f"{shown}{f' and {len(names) - 2} more' if len(names) > 2 else ''} are"
-
-
-def _compare_configs(reference: Checkpoint, experts: Sequence[Checkpoint]) -> list[str]:
-    """Return warnings about configurations; raise where they show another architecture."""
-    warnings: list[str] = []
-    ours = reference.config
-    for expert in experts:
-        theirs = expert.config
-        if ours is None or theirs is None:
-            continue
-        for key in _CONFIG_KEYS:
-            if key in ours and key in theirs and ours[key] != theirs[key]:
-                raise PlanError(
-                    f"{expert.path}: config.json says {key} = {theirs[key]!r}, but "
-                    f"{reference.path} says {ours[key]!r}; these are not of one base."
-                )
-        if ours.get("architectures") != theirs.get("architectures"):
-            warnings.append(
-                f"{expert.path}: architectures {theirs.get('architectures')} differ from "
-                f"{ours.get('architectures')} of {reference.path}."
-            )
-    return warnings
-
-
-def _same_paths(recipe: Recipe) -> list[str]:
-    seen: set[tuple[Path, tuple[LayerRange, ...]]] = set()
-    warnings: list[str] = []
-    models = [(expert.path, expert.layers) for expert in recipe.experts]
-    if recipe.base is not None:
-        models.insert(0, (recipe.base, recipe.base_layers))
-    for path, layers in models:
-        real = (Path(path).resolve(), layers)
-        if real in seen:
-            warnings.append(f"{path} is named twice.")
-        seen.add(real)
-    return warnings

@@ -237,8 +237,8 @@ class _Reader:
 
     def _refuse_adapter(self, place: str, value: str) -> None:
         raise RecipeError(
-            f"{self.where}: {place} = {value!r} adds a LoRA adapter, which is not supported yet "
-            "(a later version will read adapters); fold it into its model with peft first."
+            f"{self.where}: {place} = {value!r} adds a LoRA adapter, which is not read here; write "
+            "the merge as a mergewell recipe, where an expert may be an adapter of the base."
         )
 
     def parameters(self, value: object, place: str, *, of_model: bool = False) -> Parameters:
