@@ -1,4 +1,4 @@
-"""Make docs/studies/neulig.md of the rows that `study.py` has made.
+"""Make docs/studies/neulig.md and neulig.json of the rows that `study.py` has made.
 
 python benchmarks/neulig/page.py
 """
@@ -6,9 +6,11 @@ python benchmarks/neulig/page.py
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 OUT = HERE.parents[1] / "docs" / "studies" / "neulig.md"
@@ -28,11 +30,15 @@ def main() -> None:
     with (HERE / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     parts = [HERE.joinpath("head.md").read_text(encoding="utf-8").rstrip()]
+    data: list[dict[str, Any]] = []
     for family, title in TITLES.items():
         mine = [row for row in rows if row["family"] == family]
         if mine:
             parts.append(f"## {title}\n\n{controls(mine)}\n\n{table(mine)}")
+            data.append({"name": family, "title": title, "rows": rounded(figures(mine))})
     OUT.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    content = {"version": 1, "families": data}
+    OUT.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def controls(rows: Sequence[Row]) -> str:
@@ -49,32 +55,46 @@ def controls(rows: Sequence[Row]) -> str:
 KEYS = ("merged", "ensemble")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return a table of means over tasks, with the range over seeds."""
+def figures(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return means over tasks by inputs, aim and mode: one number a seed."""
     groups: dict[tuple[int, str, str], dict[str, list[Row]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in rows:
         if row["aim"] in AIMS:
             groups[int(row["inputs"]), row["aim"], row["mode"]][row["seed"]].append(row)
+    found: list[dict[str, Any]] = []
+    for key in sorted(groups, key=lambda k: (k[0], list(AIMS).index(k[1]), MODES.index(k[2]))):
+        seeds = list(groups[key].values())
+        every = [row for seed in seeds for row in seed]
+        merged, together = (
+            [mean([100 * float(row[name]) for row in seed]) for seed in seeds] for name in KEYS
+        )
+        found.append(
+            {
+                **dict(zip(("inputs", "aim", "mode"), key, strict=True)),
+                "merged": merged, "ensemble": together,
+                "gap": [b - a for a, b in zip(merged, together, strict=True)],
+                "disagree": mean([100 * float(row["disagreement"]) for row in every]),
+                "entropy": mean([float(row["entropy"]) for row in every]),
+                "passes": int(every[0]["passes"]),
+            }
+        )  # fmt: skip
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return a table of means over tasks, with the range over seeds."""
     lines = [
         "| inputs a task | learned from | mode | merged % | ensemble % | gap, points "
         "| disagree % | entropy of log K | passes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for inputs, aim, mode in sorted(
-        groups, key=lambda key: (key[0], list(AIMS).index(key[1]), MODES.index(key[2]))
-    ):
-        seeds = groups[inputs, aim, mode].values()
-        merged, together = (
-            [mean([100 * float(row[key]) for row in seed]) for seed in seeds] for key in KEYS
-        )
-        gaps = [b - a for a, b in zip(merged, together, strict=True)]
+    for one in figures(rows):
         cells = [
-            str(inputs), AIMS[aim], mode, spread(merged), spread(together), spread(gaps),
-            f"{mean([100 * float(r['disagreement']) for seed in seeds for r in seed]):.1f}",
-            f"{mean([float(r['entropy']) for seed in seeds for r in seed]):.2f}",
-            next(r["passes"] for seed in seeds for r in seed),
+            str(one["inputs"]), AIMS[one["aim"]], one["mode"],
+            *(spread(one[name]) for name in ("merged", "ensemble", "gap")),
+            f"{one['disagree']:.1f}", f"{one['entropy']:.2f}", str(one["passes"]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -83,6 +103,21 @@ def table(rows: Sequence[Row]) -> str:
 def mean(values: Sequence[float]) -> float:
     """Return the mean."""
     return sum(values) / len(values)
+
+
+def rounded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with their numbers to three decimals."""
+    return [
+        {
+            name: [round(v, 3) for v in value]
+            if isinstance(value, list)
+            else round(value, 3)
+            if isinstance(value, float)
+            else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def spread(values: Sequence[float]) -> str:
