@@ -19,6 +19,8 @@ import copy
 import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -92,7 +94,6 @@ NETS: Mapping[str, Callable[[], nn.Module]] = {
     "CNN 16": lambda: cnn(16, norm=False),
     "CNN 16, BatchNorm": lambda: cnn(16, norm=True),
     "ResNet 16, BatchNorm": lambda: resnet(16),
-    "ResNet 32, BatchNorm": lambda: resnet(32),
 }
 
 
@@ -184,18 +185,48 @@ def _how(done: Aligned | None, one: nn.Module, two: nn.Module) -> dict[str, Any]
     }  # fmt: skip
 
 
-def study(folder: Path, nets: Sequence[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for task in TASKS:
-        data = load(folder, task)
-        for net in nets:
-            began = time.process_time()
-            for seed in SEEDS:
-                one, two = (trained(NETS[net], data, seed=10 * seed + own) for own in (1, 2))
-                found = pair_rows(one, two, data, seed)
-                rows += [{"task": task, "net": net, "seed": seed, **row} for row in found]
-            print(f"# {task}, {net}: {time.process_time() - began:.0f} s of CPU", flush=True)
+def study_of(folder: Path, task: str, net: str) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    data, began, rows = load(folder, task), time.process_time(), list[dict[str, Any]]()
+    for seed in SEEDS:
+        one, two = (trained(NETS[net], data, seed=10 * seed + own) for own in (1, 2))
+        found = pair_rows(one, two, data, seed)
+        rows += [{"task": task, "net": net, "seed": seed, **row} for row in found]
+    print(f"# {task}, {net}: {time.process_time() - began:.0f} s of CPU", flush=True)
     return rows
+
+
+def study(folder: Path, nets: Sequence[str], workers: int, out: Path) -> list[dict[str, Any]]:
+    """All rows; a file that was begun is gone on with."""
+    rows = read(out) if out.is_file() else []
+    known = {(row["task"], row["net"]) for row in rows}
+    jobs = [(task, net) for task in TASKS for net in nets]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = [pool.submit(study_of, folder, *job) for job in jobs if job not in known]
+        for done in as_completed(running):
+            rows += done.result()
+            order = [*TASKS, *NETS, *ALIGNMENTS]
+            rows.sort(key=lambda r: [order.index(r["task"]), order.index(r["net"]), r["seed"]])
+            write(rows, out)
+    return rows
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    words = ("task", "net", "alignment", "repair")
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {k: v if k in words or not v else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 def table(rows: Sequence[Mapping[str, Any]], key: str, scale: float, digits: int) -> str:
@@ -250,15 +281,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--net", action="append", choices=list(NETS), help="all if absent; repeat")
+    parser.add_argument("--workers", type=int, default=1, help="processes; numbers stay the same")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = study(given.data, given.net or list(NETS))
-    with given.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+    rows = study(given.data, given.net or list(NETS), given.workers, given.out)
     for title, text in (
         ("Accuracy of the average, %", table(rows, "accuracy", 100, 1)),
         ("Loss barrier at the middle, nats", table(rows, "loss_barrier", 1, 2)),
