@@ -1,0 +1,253 @@
+"""Every predictor of a merge, at three budgets: w_ weights, u_ with 16 inputs a task, l_ labelled.
+
+Diagnostics of the package give what they give a user; the rest compares the merge with each of its
+experts. Matrices of pairs become mean, least and largest, numbers an expert stand one by one too.
+
+Shapes: K experts, M = K + 1 with the base first, N samples of all tasks, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from family import Family, State
+from seen import Seen
+from torch import Tensor
+from torch.nn import functional
+
+from mergewell.diagnostics.base import DIAGNOSTICS, Evidence
+from mergewell.evaluate import kl_divergence
+from mergewell.models.ensemble import ensemble_outputs
+from mergewell.statistics.activation_cka import linear_cka
+from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, alignment, decompose
+from mergewell.statistics.task_vector_sums import TaskVectorSums
+
+Numbers = dict[str, float]
+Each = dict[str, list[float]]
+"""A number for each expert, by predictor."""
+
+BUDGET = {
+    "task_vectors": "w", "sign_conflict": "w", "norm_dispersion": "w", "subspace_alignment": "w",
+    "task_interference": "w", "kinship": "w", "m_loss": "u", "output_gap": "u", "cka": "u",
+    "linear_connectivity": "u", "representation_bias": "u", "gradient_distance": "u",
+    "cross_task_accuracy": "l", "barrier": "l",
+}  # fmt: skip
+"""What a diagnostic of the package needs. Gradients are also taken by labels, under `l`."""
+
+
+def diagnosed(evidence: Evidence, *, only: Sequence[str] = (), budget: str = "") -> Numbers:
+    """Return the predictors of the package's diagnostics as single numbers."""
+    found: Numbers = {}
+    for name in only or DIAGNOSTICS.names():
+        finding = DIAGNOSTICS.build(name, {}).measure(evidence)
+        if finding is not None:
+            for key, value in finding.predictors.items():
+                found |= flat(f"{budget or BUDGET[name]}_{key}", value)
+    return found
+
+
+def flat(name: str, value: Any) -> Numbers:
+    """Return a number as it is; of a matrix of pairs or numbers by expert mean, least, largest."""
+    if isinstance(value, int | float):
+        return {name: float(value)}
+    if isinstance(value, Mapping):
+        return spread(name, [float(one) for one in value.values()])
+    matrix = np.array([[np.nan if v is None else v for v in row] for row in value], float)
+    off = matrix[~np.eye(len(matrix), dtype=bool)]
+    return spread(name, [float(one) for one in off])
+
+
+def spread(name: str, values: Sequence[float]) -> Numbers:
+    """Return mean, least and largest of the numbers that are defined."""
+    held = np.array([v for v in values if v == v], float)
+    if not len(held):
+        return {}
+    return {
+        f"{name}_mean": float(held.mean()),
+        f"{name}_min": float(held.min()),
+        f"{name}_max": float(held.max()),
+    }
+
+
+def spreads(each: Each) -> Numbers:
+    """Return mean, least and largest over experts of every predictor."""
+    return {k: v for name, values in each.items() for k, v in spread(name, values).items()}
+
+
+def by_weights(
+    base: State,
+    experts: Sequence[State],
+    merged: Mapping[str, Tensor],
+    subspaces: Mapping[str, MatrixSubspaces],
+) -> tuple[Numbers, Each]:
+    """Return how the merged task vector lies to each expert's.
+
+    w_norm and w_merged_norm are relative to the base's norm over what moved; w_kept is
+    <tau_M, tau_k> / |tau_k|^2 (1: all of the expert's change is in the merge); w_away is
+    |tau_M - tau_k| / |tau_k|; w_others the norm of the other task vectors over the expert's own;
+    w_sar the alignment with the sum, w_sar_merged with the merge as it is (arXiv:2502.04959).
+    """
+    names = [n for n, t in base.items() if t.is_floating_point() and t.ndim and n in merged]
+    total = torch.zeros(len(experts) + 2, len(experts) + 2, dtype=torch.float64)
+    aligned: list[Tensor] = []
+    for name in names:
+        rows = [state[name].flatten() for state in (*experts, merged)]
+        products = TaskVectorSums.of(base[name].flatten(), rows).products
+        if not bool((products.diagonal()[1:] > 0).any()):
+            continue  # what no one moved
+        total += products
+        if name in subspaces:
+            aligned.append(_alignment(base[name], [state[name] for state in experts], merged[name]))
+    size, norms = float(total[0, 0]) ** 0.5 or 1.0, total.diagonal()[1:].clamp(min=1e-30).sqrt()
+    taus, last = total[1:-1, 1:-1], total[-1, 1:-1]
+    own, whole = norms[:-1], norms[-1]
+    apart = (own.square() + whole.square() - 2 * last).clamp(min=0).sqrt()
+    count = len(experts)
+    cosines = taus / own[:, None] / own
+    others = (cosines.sum(1) - 1) / max(1, count - 1)
+    rest = (own.square().sum() - own.square()).clamp(min=0).sqrt()
+    each: Each = {
+        "w_norm": (own / size).tolist(),
+        "w_kept": (last / own.square()).tolist(),
+        "w_along": (last / own / whole).tolist(),
+        "w_away": (apart / own).tolist(),
+        "w_away_base": (apart / size).tolist(),
+        "w_cosine": others.tolist(),
+        "w_others": (rest / own).tolist(),
+    }
+    if aligned:
+        each["w_sar_merged"] = torch.stack(aligned).nanmean(0).tolist()
+        sums = torch.stack([m.alignment for m in subspaces.values()])
+        each["w_sar"] = sums.nanmean(0).tolist()
+        pairs = torch.stack([m.pairs for m in subspaces.values()]).nanmean(0)
+        off = ~torch.eye(count, dtype=torch.bool)
+        each["w_sar_by_others"] = [float(pairs[i][off[i]].nanmean()) for i in range(count)]
+    mass = taus.sum() / count**2
+    numbers: Numbers = {
+        "w_experts": float(count),
+        "w_merged_norm": float(whole) / size,
+        "w_merged_over_mean": float(whole / mass.clamp(min=1e-30).sqrt()),
+        "w_merged_over_own": float(whole / own.mean()),
+        "w_cosine_with_mean": float(last.sum() / count / whole / mass.clamp(min=1e-30).sqrt()),
+    }
+    return numbers, each
+
+
+def _alignment(base: Tensor, experts: Sequence[Tensor], merged: Tensor) -> Tensor:
+    """Return the share of each task matrix in the merged one's leading left subspace, [K]."""
+    rows = len(base)
+    dtype = torch.float64 if min(rows, base.numel() // rows) <= EXACT else torch.float32
+    below = base.to(dtype).reshape(rows, -1)
+    change = merged.to(dtype).reshape(rows, -1) - below
+    if not bool(change.any()):
+        return torch.zeros(len(experts), dtype=torch.float64)
+    factors = decompose(change, seed=0)
+    span = factors.left[:, : factors.rank()].to(dtype)
+    matrices = [expert.to(dtype).reshape(rows, -1) - below for expert in experts]
+    found = [alignment(m, span, norm=float(m.square().sum()) ** 0.5) for m in matrices]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def by_inputs(
+    family: Family, heads: Sequence[Tensor], own: Sequence[Sequence[Seen]], merged: Sequence[Seen]
+) -> tuple[Numbers, Each]:
+    """Return how the merge answers each task's 16 inputs beside the task's own expert.
+
+    `own[k][j]` is what model k (the base first, then the experts) made of the inputs of expert j's
+    task, `merged[j]` what the merge made of them.
+    """
+    each: Each = {}
+
+    def add(name: str, value: float) -> None:
+        each.setdefault(f"u_{name}", []).append(value)
+
+    count = len(heads)
+    for j, head in enumerate(heads):
+        logs = [family.logits(own[k][j].outputs, head).log_softmax(-1) for k in range(count + 1)]
+        base, right, ours = logs[0], logs[j + 1], family.logits(merged[j].outputs, head)
+        ours = ours.log_softmax(-1)
+        together = ensemble_outputs(logs[1:], "logits").log_softmax(-1)
+        answers = right.argmax(-1)
+        add("kl_own", _mean(kl_divergence(right, ours)))
+        add("agreement_own", _mean(answers == ours.argmax(-1)))
+        add("kl_ensemble", _mean(kl_divergence(together, ours)))
+        add("agreement_ensemble", _mean(together.argmax(-1) == ours.argmax(-1)))
+        add("ensemble_own", _mean(together.argmax(-1) == answers))
+        add("believed", _mean(ours.exp().gather(1, answers[:, None])))
+        add("entropy", _entropy(ours))
+        add("entropy_own", _entropy(right))
+        add("base_own", _mean(base.argmax(-1) == answers))
+        add("kl_base_own", _mean(kl_divergence(right, base)))
+        others = [k for k in range(1, count + 1) if k != j + 1]
+        alike = [_mean(logs[k].argmax(-1) == answers) for k in others]
+        add("others_own", float(np.mean(alike)))
+        add("others_worst", float(np.min(alike)))
+        mine, theirs = merged[j].outputs, own[j + 1][j].outputs
+        add("output_away", _away(mine, theirs))
+        add("output_cosine", _mean(functional.cosine_similarity(mine, theirs)))
+        add("output_norm", float(mine.norm() / theirs.norm().clamp(min=1e-12)))
+        add("cka_own", float(linear_cka(torch.stack([mine, theirs]))[0, 1]))
+        add("base_away", _away(own[0][j].outputs, theirs))
+        middle = list(merged[j].blocks)[len(merged[j].blocks) // 2]
+        add("middle_away", _away(merged[j].blocks[middle], own[j + 1][j].blocks[middle]))
+    return {}, each
+
+
+def by_labels(
+    family: Family,
+    heads: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    own: Sequence[Sequence[Seen]],
+    merged: Sequence[Seen],
+) -> tuple[Tensor, Tensor, Each]:
+    """Return accuracies on 16 inputs, [K, K] expert by task and the base's [K], and what follows.
+
+    l_right, l_loss: accuracy and cross-entropy of the merge on 16 labelled inputs; l_retention:
+    its accuracy over that of the own expert.
+    """
+    count = len(heads)
+    hits = torch.zeros(count + 1, count, dtype=torch.float64)
+    each: Each = {"l_right": [], "l_loss": [], "l_retention": [], "l_loss_rise": []}
+    for j, head in enumerate(heads):
+        for k in range(count + 1):
+            answers = family.logits(own[k][j].outputs, head).argmax(-1)
+            hits[k, j] = float((answers == labels[j]).double().mean())
+        logits = family.logits(merged[j].outputs, head)
+        loss = float(functional.cross_entropy(logits, labels[j]))
+        theirs = functional.cross_entropy(family.logits(own[j + 1][j].outputs, head), labels[j])
+        right = float((logits.argmax(-1) == labels[j]).double().mean())
+        each["l_right"].append(right)
+        each["l_loss"].append(loss)
+        each["l_loss_rise"].append(loss - float(theirs))
+        each["l_retention"].append(right / max(float(hits[j + 1, j]), 1 / 16))
+    return hits[1:], hits[0], each
+
+
+def gradient_pairs(vectors: Sequence[Tensor], name: str) -> Numbers:
+    """Return distance, cosine, product and relative distance of vectors, over pairs."""
+    found: dict[str, list[float]] = {"l2": [], "cosine": [], "dot": [], "relative": []}
+    for i, one in enumerate(vectors):
+        for other in vectors[:i]:
+            dot, left, right = (float(a @ b) for a, b in ((one, other), (one, one), (other, other)))
+            far = max(0.0, left + right - 2 * dot) ** 0.5
+            found["l2"].append(far)
+            found["dot"].append(dot)
+            found["cosine"].append(dot / max(left * right, 1e-30) ** 0.5)
+            found["relative"].append(far / max(left + right, 1e-30) ** 0.5)
+    return {k: v for key, vs in found.items() for k, v in spread(f"{name}_{key}", vs).items()}
+
+
+def _away(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm().clamp(min=1e-12))
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _entropy(logs: Tensor) -> float:
+    """Return the mean entropy as a fraction of the largest there is."""
+    return float(-(logs.exp() * logs).sum(-1).mean()) / float(np.log(logs.shape[-1]))
