@@ -3,6 +3,7 @@
 The chain rule is cut at the weights: the module's backward pass gives the gradient of each merged
 weight, and `method.merge` is differentiated tensor by tensor from there. So one model and one
 tensor's group suffice; what fits a budget is kept and the rest is read again at every step.
+Beside coefficients an `Adjustment` of the experts can be learned, by the same chain.
 
 Shapes: G groups of tensors, K experts.
 """
@@ -10,6 +11,7 @@ Shapes: G groups of tensors, K experts.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mergewell.blocks import Block, Values, group_of
+from mergewell.descent.adjustment import Adjustment
 from mergewell.errors import MethodError, ModelError
 from mergewell.models.loader import load_state, placed
 from mergewell.plan import Plan, TensorTask, make_plan
@@ -26,8 +29,10 @@ from mergewell.run import measure_weights, merge_tensors
 from mergewell.statistics.base import WeightStatistic
 from mergewell.tensor_group import TensorGroup
 
-Per = Literal["task", "tensor"]
-"""Coefficients for the whole model, one an expert, or for each tensor."""
+Per = Literal["task", "layer", "tensor"]
+"""Coefficients for the whole model, one an expert, for each layer (see `layer_of`), or tensor."""
+
+_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 HELD = 4 << 30
 """Bytes of the models' tensors that are kept between steps."""
@@ -52,11 +57,17 @@ class LearnedMerge:
     """A recipe's merge in a module, with coefficients [G, K] that can be learned.
 
     Tensors that no expert moved, and those under a rule with a method of its own, stay as the
-    recipe has them.
+    recipe has them; with one coefficient an expert so do those under a rule with coefficients.
     """
 
     def __init__(
-        self, recipe: Recipe, module: nn.Module, *, per: Per = "tensor", held: int = HELD
+        self,
+        recipe: Recipe,
+        module: nn.Module,
+        *,
+        per: Per = "tensor",
+        adjustment: Adjustment | None = None,
+        held: int = HELD,
     ) -> None:
         """Make the merge, put it into the module, and make room for the coefficients.
 
@@ -71,19 +82,37 @@ class LearnedMerge:
         learned = [task for task in self.plan.tasks.values() if self._is_learned(task)]
         targets = placed(module, list(self.plan.tasks))
         values = _statistics(self.plan, learned)
+        rows: dict[str, int] = {}
         self.parts = tuple(
-            Part(task, targets[task.name], 0 if per == "task" else row, values.get(task.name, {}))
-            for row, task in enumerate(t for t in learned if t.name in targets)
+            Part(
+                task,
+                targets[task.name],
+                rows.setdefault(_row_key(per, task.name), len(rows)),
+                values.get(task.name, {}),
+            )
+            for task in learned
+            if task.name in targets
         )
         if not self.parts:
             raise ModelError(
                 "No expert moved a tensor of the module; check that the experts are not the base."
             )
-        rows = self.parts[:1] if per == "task" else self.parts
-        start = [part.task.coefficients for part in rows]
-        self.coefficients = torch.tensor(start, dtype=torch.float64).requires_grad_()
+        # a row starts at the coefficients of its first tensor
+        start = {part.row: part.task.coefficients for part in reversed(self.parts)}
+        self.coefficients = torch.tensor(
+            [start[row] for row in range(len(rows))], dtype=torch.float64
+        ).requires_grad_()
         self._kept: dict[str, TensorGroup] = {}
         self._room = held
+        self.adjustment = adjustment
+        self.leaves: dict[str, Tensor] = {}
+        """What the adjustment learns, by tensor."""
+        if adjustment is not None:
+            for part in self.parts:
+                leaf = adjustment.start(_reshaped(self.group(part), part.task.spec.shape))
+                if leaf is not None:
+                    self.leaves[part.task.name] = leaf.requires_grad_()
+            self.place()
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -92,35 +121,42 @@ class LearnedMerge:
 
     def place(self) -> None:
         """Put the merge at the present coefficients into the module."""
+        if self.adjustment is not None:
+            self.adjustment.advance()
         with torch.no_grad():
             for part in self.parts:
-                merged = part.task.method.merge(self._group(part, self.coefficients[part.row]))
+                merged = part.task.method.merge(self.adjusted(part))
                 part.target.copy_(merged.view(part.target.shape))
 
     def gradient(self) -> Tensor:
         """Return the gradient of the coefficients, [G, K], from those that the weights hold.
 
-        Buffers, such as BatchNorm's running statistics, follow the coefficients and send nothing
-        back.
+        The leaves get theirs as `.grad`. Buffers, such as BatchNorm's running statistics, follow
+        the coefficients and send nothing back.
 
         Raises:
             MethodError: the method's result does not depend on its coefficients.
         """
         found = torch.zeros_like(self.coefficients)
         for part in self.parts:
-            upstream = part.target.grad
+            upstream, leaf = part.target.grad, self.leaves.get(part.task.name)
+            if leaf is not None:
+                leaf.grad = None
             if upstream is None:
                 continue
             row = self.coefficients[part.row].detach().requires_grad_()
             with torch.enable_grad():
-                merged = part.task.method.merge(self._group(part, row))
+                merged = part.task.method.merge(self._adjusted(part, row, leaf))
             if not merged.requires_grad:
                 raise MethodError(
                     f"{part.task.treatment} gives {part.task.name} whatever the coefficients are; "
                     "learn them for another method, such as task_arithmetic."
                 )
-            (back,) = torch.autograd.grad(merged, row, upstream.to(merged.dtype).view_as(merged))
-            found[part.row] += back
+            asked = [row] if leaf is None else [row, leaf]
+            back = torch.autograd.grad(merged, asked, upstream.to(merged.dtype).view_as(merged))
+            found[part.row] += back[0]
+            if leaf is not None:
+                leaf.grad = back[1]
         return found
 
     def recipe(self) -> Recipe:
@@ -146,11 +182,27 @@ class LearnedMerge:
         rule = self.plan.recipe.rule_for(task.name)
         if task.copied_from is not None or (rule is not None and rule.method is not None):
             return False
+        if self.per == "task" and rule is not None and rule.coefficients is not None:
+            return False
         first, *others = self.plan.inputs
         return any(not torch.equal(first[task.name], other[task.name]) for other in others)
 
-    def _group(self, part: Part, row: Tensor) -> TensorGroup:
-        """Return a tensor's group in the module's dtype with these coefficients, [K]."""
+    def adjusted(self, part: Part) -> TensorGroup:
+        """Return a tensor's group with the present coefficients, and its experts adjusted."""
+        return self._adjusted(part, self.coefficients[part.row], self.leaves.get(part.task.name))
+
+    def _adjusted(self, part: Part, row: Tensor, leaf: Tensor | None) -> TensorGroup:
+        group = self.group(part)
+        group = replace(group, coefficients=row.to(group.experts[0].dtype))
+        if self.adjustment is None or leaf is None:
+            return group
+        # methods on elements see flat tensors, an adjustment the tensor's own shape
+        shape = group.experts[0].shape
+        whole = self.adjustment.adjusted(_reshaped(group, part.task.spec.shape), leaf)
+        return _reshaped(whole, shape)
+
+    def group(self, part: Part) -> TensorGroup:
+        """Return a tensor's group in the module's dtype, with the recipe's own coefficients."""
         name = part.task.name
         group = self._kept.get(name)
         if group is None:
@@ -166,7 +218,25 @@ class LearnedMerge:
             if size <= self._room:
                 self._room -= size
                 self._kept[name] = group
-        return replace(group, coefficients=row.to(group.experts[0].dtype))
+        return group
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a tensor: its name up to the first number, or its module's name."""
+    found = _NUMBERED.match(name)
+    return found.group() if found else name.rpartition(".")[0]
+
+
+def _reshaped(group: TensorGroup, shape: Sequence[int]) -> TensorGroup:
+    return replace(
+        group,
+        experts=tuple(expert.reshape(shape) for expert in group.experts),
+        base=None if group.base is None else group.base.reshape(shape),
+    )
+
+
+def _row_key(per: Per, name: str) -> str:
+    return {"task": "", "layer": layer_of(name), "tensor": name}[per]
 
 
 def _statistics(plan: Plan, tasks: Sequence[TensorTask]) -> Mapping[str, Values]:

@@ -34,6 +34,15 @@ class Descent:
     temperature: float = 1.0
     """Of the targets and the merged model's logits."""
 
+    leaf_rate: float | None = None
+    """Learning rate of what an adjustment learns; `rate` when absent."""
+
+    beside_rate: float | None = None
+    """Learning rate of the parameters beside the merge; `rate` when absent."""
+
+    coefficients: bool = True
+    """Whether the coefficients move, or the rest alone."""
+
 
 def descend(
     merge: LearnedMerge,
@@ -48,11 +57,21 @@ def descend(
     """Learn the merge's coefficients in place and return the loss before each step.
 
     Each step takes one batch of every task in turn; the loss is the mean over the tasks. `beside`
-    are parameters, of heads and the like, that are learned with the coefficients.
+    are parameters, of heads and the like, that are learned with the coefficients; so are the
+    merge's own leaves, if it has an adjustment. SAM perturbs the coefficients alone.
 
     Source: Adam, Kingma and Ba 2015; adaptive SAM, Kwon et al. 2021, arXiv:2102.11600, equation 7.
     """
-    optimiser = torch.optim.Adam([merge.coefficients, *beside], lr=how.rate, weight_decay=how.decay)
+    groups = [
+        {"params": held, "lr": how.rate if rate is None else rate}
+        for held, rate in (
+            ([merge.coefficients] if how.coefficients else [], None),
+            ([*beside], how.beside_rate),
+            ([*merge.leaves.values()], how.leaf_rate),
+        )
+        if held
+    ]
+    optimiser = torch.optim.Adam(groups, weight_decay=how.decay)
     losses: list[float] = []
     asked = [*merge.weights, *beside]
     with evaluating([merge.module]), differentiable(merge.module, asked):
@@ -71,6 +90,19 @@ def descend(
                 on_step("steps", step + 1, how.steps)
     merge.coefficients.grad = None
     return losses
+
+
+def mean_loss(
+    merge: LearnedMerge, tasks: Sequence[LearningTask], targets: Targets, aim: Aim
+) -> float:
+    """Return the mean over the tasks of the mean loss of their batches, without gradients."""
+    total = 0.0
+    with evaluating([merge.module]):
+        for task, aims in zip(tasks, targets, strict=True):
+            for batch, target in zip(task.batches, aims, strict=True):
+                part = loss(aim, task.logits(merge.module, batch), target)
+                total += float(part) / (len(task.batches) * len(tasks))
+    return total
 
 
 def _gradient(
