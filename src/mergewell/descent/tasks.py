@@ -74,7 +74,24 @@ def targets(
         return [[None for _ in task.batches] for task in tasks]
     if aim == "labels":
         return [[_unmasked(task, index) for index in range(len(task.batches))] for task in tasks]
-    found: list[list[Tensor | None]] = [[None] * len(task.batches) for task in tasks]
+    found = said(aim, tasks, plan, factory)
+    return [[(z / temperature).softmax(-1) for z in batches] for batches in found]
+
+
+def said(
+    aim: Literal["expert", "ensemble"],
+    tasks: Sequence[LearningTask],
+    plan: Plan,
+    factory: Callable[[], nn.Module],
+) -> list[list[Tensor]]:
+    """Return the logits of each task's expert, or the mean of all experts', by task and batch.
+
+    Raises:
+        DataError: as `targets`.
+        UserError: as `load_state`.
+    """
+    _check(aim, tasks, len(plan.experts))
+    found: dict[tuple[int, int], Tensor] = {}
     module = factory()
     for number, expert in enumerate(plan.experts):
         taught = [t for t, task in enumerate(tasks) if aim == "ensemble" or task.expert == number]
@@ -84,13 +101,11 @@ def targets(
         with evaluating([module]):
             for place in taught:
                 for index, batch in enumerate(tasks[place].batches):
-                    logits = tasks[place].logits(module, batch)
+                    part = tasks[place].logits(module, batch)
                     share = len(plan.experts) if aim == "ensemble" else 1
                     before = found[place][index]
-                    found[place][index] = logits / share + (0 if before is None else before)
-    return [
-        [None if z is None else (z / temperature).softmax(-1) for z in batches] for batches in found
-    ]
+                    found[place][index] = [sum(before, part / share)]
+    return [[z for (z,) in batches] for batches in found]
 
 
 def loss(aim: Aim, logits: Tensor, target: Tensor | None, *, temperature: float = 1.0) -> Tensor:
