@@ -103,9 +103,8 @@ def said(
                 for index, batch in enumerate(tasks[place].batches):
                     part = tasks[place].logits(module, batch)
                     share = len(plan.experts) if aim == "ensemble" else 1
-                    before = found[place][index]
-                    found[place][index] = [sum(before, part / share)]
-    return [[z for (z,) in batches] for batches in found]
+                    found[place, index] = part / share + found.get((place, index), 0)
+    return [[found[t, i] for i in range(len(task.batches))] for t, task in enumerate(tasks)]
 
 
 def loss(aim: Aim, logits: Tensor, target: Tensor | None, *, temperature: float = 1.0) -> Tensor:
