@@ -2,7 +2,7 @@
 
     python benchmarks/spectral/cost.py time [--side 4096] [--experts 4] [--methods tsv iso_c]
     python benchmarks/spectral/cost.py memory --folder /tmp/mergewell-spectral [--size 1.5]
-        [--layers N] [--experts 4] [--methods tsv iso_c] [--workers N]
+        [--layers N] [--experts 4] [--methods tsv iso_c] [--workers N] [--models FOLDER]
 
 `time` merges one square matrix in float32, as a bfloat16 checkpoint's is, on one thread, and prints
 the wall time, what of it passed inside of `linalg.svd`, and their ratio: done at 1.3 or less.
@@ -10,7 +10,8 @@ the wall time, what of it passed inside of `linalg.svd`, and their ratio: done a
 `memory` writes a Llama-shaped bfloat16 base and experts (3 GB each at size 1.5), merges them with
 each method in a process of its own, and prints the peak of `RssAnon` in /proc/self/status, sampled
 100 times a second, torch and Python included: done at 2000 MB or less. `--layers` writes a model
-with fewer layers, whose matrices, and so the peak, are the same. The folder is removed.
+with fewer layers, whose matrices, and so the peak, are the same. The folder is removed. `--models`
+merges models that benchmarks/speed/generate.py left (model0, model1, ...) and writes none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +100,12 @@ def time_of(method: str, side: int, experts: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory_of(method: str, folder: Path, size: str, experts: int, workers: int) -> dict[str, Any]:
-    """Merge the models in the folder; return seconds and the peak of memory."""
-    out = folder / f"out-{method}"
+def memory_of(method: str, models: Sequence[Path], out: Path, workers: int) -> dict[str, Any]:
+    """Merge a base and its experts; return seconds and the peak of memory."""
     shutil.rmtree(out, ignore_errors=True)
     recipe = {
-        "base": str(folder / "base"),
-        "experts": [{"path": str(folder / f"expert{i}")} for i in range(1, experts + 1)],
+        "base": str(models[0]),
+        "experts": [{"path": str(path)} for path in models[1:]],
         "method": {"name": method},
     }
     done = subprocess.run(
@@ -112,7 +113,7 @@ def memory_of(method: str, folder: Path, size: str, experts: int, workers: int) 
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     shutil.rmtree(out)
-    return {"method": method, "size": size, "experts": experts, **json.loads(done.stdout)}
+    return {"method": method, "experts": len(models) - 1, **json.loads(done.stdout)}
 
 
 def main() -> None:
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.5")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--models", type=Path)
     given = parser.parse_args()
     if given.what == "time":
         for method in given.methods or ["tsv", "iso_c", "iso_cts"]:
@@ -135,13 +137,15 @@ def main() -> None:
     if given.layers is not None:
         hidden, inner, _, vocabulary, narrow = generate.SIZES[given.size]
         generate.SIZES[given.size] = (hidden, inner, given.layers, vocabulary, narrow)
-    names = ["base", *(f"expert{i}" for i in range(1, given.experts + 1))]
+    models = [(given.models or given.folder) / f"model{i}" for i in range(given.experts + 1)]
     try:
-        for index, name in enumerate(names):
-            generate.write_model(given.folder / name, given.size, index)
+        for index, path in enumerate(models):
+            if given.models is None:
+                generate.write_model(path, given.size, index)
         for method in given.methods or ["tsv", "iso_c"]:
-            row = memory_of(method, given.folder, given.size, given.experts, given.workers)
-            print(json.dumps({**row, "layers": generate.SIZES[given.size][2]}), flush=True)
+            row = memory_of(method, models, given.folder / f"out-{method}", given.workers)
+            told = {"size": given.size, "layers": generate.SIZES[given.size][2]}
+            print(json.dumps({**row, **told}), flush=True)
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 import mergewell
-from mergewell.companions.base import SUFFIX, base_of, expert_tensors, open_companion
+from mergewell.companions.base import (
+    SUFFIX,
+    base_of,
+    companion_of,
+    expert_tensors,
+    open_companion,
+)
 from mergewell.errors import CheckpointError
 from mergewell.storage.checkpoint import open_checkpoint
 from mergewell.storage.layout import shard_layouts
@@ -33,7 +39,7 @@ def restore_expert(
     began, merged = time.perf_counter(), open_checkpoint(folder)
     path = Path(companion) if companion is not None else companion_in(Path(folder))
     masks = open_companion(path)
-    base = base_of(masks)
+    base, own = base_of(masks), companion_of(masks)
     files = dict.fromkeys([*merged.files, *masks.files, *base.files])
     inputs = [input_file(file.resolve(), "xxh3-128") for file in files]
     key = f"restore-{expert}-{'-'.join(file.hash for file in inputs)}"
@@ -54,7 +60,7 @@ def restore_expert(
                 },
                 "inputs": inputs,
                 "tensors": len(merged),
-                "tensors_changed": sum(f"{name}.mask" in masks for name in merged),
+                "tensors_changed": sum(own.holds(masks, name) for name in merged),
                 "seed": 0,
                 "versions": {
                     "mergewell": mergewell.__version__,
@@ -76,7 +82,7 @@ def companion_in(folder: Path) -> Path:
     found = sorted(folder.glob(f"*{SUFFIX}"))
     if len(found) != 1:
         raise CheckpointError(
-            f"{folder} holds {len(found) or 'no'} companions; merge with `--companion emr` or "
-            "tall_masks, or name the file with --companion."
+            f"{folder} holds {len(found) or 'no'} companions; merge with `--companion emr`, "
+            "tall_masks, smile or mass, or name the file with --companion."
         )
     return found[0]

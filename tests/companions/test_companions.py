@@ -201,4 +201,4 @@ def test_the_metadata_say_what_it_is(tmp_path: Path) -> None:
     assert metadata["companion"] == "emr"
     assert json.loads(metadata["tasks"]) == ["a", "b", "c"]
     assert json.loads(metadata["parameters"]) == {"rescale": "elements"}
-    assert COMPANIONS.names() == ("emr", "tall_masks")
+    assert {"emr", "mass", "smile", "tall_masks"} <= set(COMPANIONS.names())

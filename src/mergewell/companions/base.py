@@ -1,10 +1,12 @@
-"""Companion: masks, one bit an element and expert, that turn a merged model back into an expert.
+"""Companion: a file beside a merged model that gives each expert back, or that routes to them.
 
-expert k ~ base + r_k * (mask_k * (merged - base)), with one rescaler r_k an expert.
+Its metadata name the companion, its parameters, the base, the recipe, and the tasks in the order
+of the rows. What a `MaskCompanion` holds is masks, one bit an element and expert:
 
-The file holds `NAME.mask` (uint8 [K, ceil(elements / 8)], bits packed, the first element highest)
-for every merged tensor, and `rescalers` (float64 [K]); its metadata name the tasks in the order of
-the rows. Shapes: K experts.
+expert k ~ base + r_k * (mask_k * (merged - base)), with one rescaler r_k an expert
+
+as `NAME.mask` (uint8 [K, ceil(elements / 8)], bits packed, the first element highest) for every
+merged tensor, and `rescalers` (float64 [K]). Shapes: K experts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from mergewell.storage.durable import pwrite_all, sync_folder, writing
 from mergewell.storage.header import build_header
 from mergewell.storage.spec import TensorSpec
 
-FORMAT = "mergewell.companion: NAME.mask bits of K experts, rescalers; beside its merged model"
+FORMAT = "mergewell.companion: what K experts have of their own, beside their merged model"
 SUFFIX = ".companion.safetensors"
 """How the name of a companion in a merged folder ends; it begins with the companion's own."""
 
@@ -55,12 +57,34 @@ class Cut:
 
 
 class Companion(Component):
-    """One way to cut masks: the parameters are the fields, the work is `cut`."""
+    """One kind of file beside a merge: the parameters are the fields, the work is `write`."""
 
     paper: ClassVar[str] = ""
 
     methods: ClassVar[tuple[str, ...]] = ()
-    """Methods whose merges it goes with."""
+    """Methods whose merges it goes with; all if there are none."""
+
+    @abstractmethod
+    def specs(self, plan: Plan) -> list[TensorSpec]:
+        """Return what the file will hold of a plan's merge."""
+
+    @abstractmethod
+    def tensors(self, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+        """Yield all that `specs` names, each when it is made."""
+
+    @abstractmethod
+    def holds(self, held: Checkpoint, name: str) -> bool:
+        """Return whether the opened file has something for a tensor of the merge."""
+
+    @abstractmethod
+    def restored(
+        self, held: Checkpoint, name: str, row: int, *, merged: Tensor, base: Tensor
+    ) -> Tensor:
+        """Return one tensor of the expert in a row, of a tensor that the opened file `holds`."""
+
+
+class MaskCompanion(Companion):
+    """One way to cut masks: the parameters are the fields, the work is `cut`."""
 
     @abstractmethod
     def cut(
@@ -73,6 +97,43 @@ class Companion(Component):
     ) -> Cut:
         """Return the masks of one tensor; `unified` is merged minus base, made by `method`."""
 
+    def specs(self, plan: Plan) -> list[TensorSpec]:
+        """Return masks by tensor, and the rescalers."""
+        count = len(plan.experts)
+        masks = [
+            TensorSpec(f"{name}.mask", torch.uint8, (count, -(-task.spec.numel // 8)))
+            for name, task in merged_tasks(plan).items()
+        ]
+        return [*masks, TensorSpec(_RESCALERS, torch.float64, (count,))]
+
+    def tensors(self, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+        """Yield the packed masks, and the rescalers at the end; the merge is made again."""
+        count = len(plan.experts)
+        wanted, held = [0.0] * count, [0.0] * count
+        for name, cut in _cuts(self, plan, merged_tasks(plan)):
+            yield f"{name}.mask", _packed(cut.masks)
+            wanted = [a + b for a, b in zip(wanted, cut.wanted, strict=True)]
+            held = [a + b for a, b in zip(held, cut.held, strict=True)]
+        ratios = [a / b if b > 0 else 0.0 for a, b in zip(wanted, held, strict=True)]
+        yield _RESCALERS, torch.tensor(ratios, dtype=torch.float64)
+
+    def holds(self, held: Checkpoint, name: str) -> bool:
+        """Return whether there is a mask."""
+        return f"{name}.mask" in held
+
+    def restored(
+        self, held: Checkpoint, name: str, row: int, *, merged: Tensor, base: Tensor
+    ) -> Tensor:
+        """Return the base and what the mask keeps of the merge, rescaled."""
+        rescaler = float(held[_RESCALERS][row])
+        bits = held[f"{name}.mask"][row]
+        unpacked = np.unpackbits(bits.numpy(), count=merged.numel())
+        mask = torch.from_numpy(unpacked).view(merged.shape).bool()
+        compute = wider(merged.dtype)
+        start = base.to(compute)
+        kept = torch.where(mask, merged.to(compute) - start, 0.0)
+        return (start + rescaler * kept).to(merged.dtype)
+
 
 COMPANIONS: Family[Companion] = Family("mergewell.companions", Companion, "companion")
 """All companions, by name."""
@@ -81,8 +142,8 @@ COMPANIONS: Family[Companion] = Family("mergewell.companions", Companion, "compa
 def write_companion(companion: Companion, plan: Plan, tasks: Sequence[str], path: Path) -> Path:
     """Write the companion of a plan's merge and return its path; `tasks` name the experts.
 
-    The merge is made again in memory, a tensor at a time, so the merged model need not be there.
-    The file appears complete or not at all. Size: K bits an element of the merged tensors.
+    Tensors are made one at a time, from the plan's inputs, so the merged model need not be there.
+    The file appears complete or not at all. Size of masks: K bits an element.
 
     Raises:
         RecipeError: a method that the companion does not go with, no base, a coefficient that
@@ -90,11 +151,6 @@ def write_companion(companion: Companion, plan: Plan, tasks: Sequence[str], path
         OutputError: the file cannot be written.
     """
     require_fit(companion, plan, tasks)
-    merged = {name: task for name, task in plan.tasks.items() if task.copied_from is None}
-    specs = [
-        TensorSpec(f"{name}.mask", torch.uint8, (len(tasks), -(-task.spec.numel // 8)))
-        for name, task in merged.items()
-    ]
     metadata = {
         "format": FORMAT,
         "companion": companion.component_name(),
@@ -103,9 +159,7 @@ def write_companion(companion: Companion, plan: Plan, tasks: Sequence[str], path
         "base": str(Path(str(plan.recipe.base)).resolve()),
         RECIPE: plan.recipe.to_yaml(),
     }
-    content, header = build_header(
-        [*specs, TensorSpec(_RESCALERS, torch.float64, (len(tasks),))], metadata
-    )
+    content, header = build_header(companion.specs(plan), metadata)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,15 +167,8 @@ def write_companion(companion: Companion, plan: Plan, tasks: Sequence[str], path
         try:
             try:
                 pwrite_all(descriptor, memoryview(content), 0)
-                wanted, held = [0.0] * len(tasks), [0.0] * len(tasks)
-                for name, cut in _cuts(companion, plan, merged):
-                    place = header.offsets[f"{name}.mask"]
-                    pwrite_all(descriptor, memoryview(_packed(cut.masks)), place)
-                    wanted = [a + b for a, b in zip(wanted, cut.wanted, strict=True)]
-                    held = [a + b for a, b in zip(held, cut.held, strict=True)]
-                ratios = [a / b if b > 0 else 0.0 for a, b in zip(wanted, held, strict=True)]
-                last = np.array(ratios, dtype="<f8").tobytes()
-                pwrite_all(descriptor, memoryview(last), header.offsets[_RESCALERS])
+                for name, tensor in companion.tensors(plan):
+                    pwrite_all(descriptor, _bytes(tensor), header.offsets[name])
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -156,23 +203,18 @@ def expert_tensors(
     Raises:
         CheckpointError, RecipeError: as `expert_state`.
     """
-    masks = open_companion(companion)
-    if merged.metadata.get(RECIPE) != masks.metadata.get(RECIPE):
-        raise CheckpointError(
-            f"{companion} belongs to another merge than {merged.path}: their recipes differ; make "
-            "both from one plan."
-        )
-    tasks: list[str] = json.loads(masks.metadata["tasks"])
+    held = open_companion(companion)
+    require_pair(merged, held)
+    tasks: list[str] = json.loads(held.metadata["tasks"])
     if task not in tasks:
         raise RecipeError(f"{companion} knows no task {task!r}: {did_you_mean(task, tasks)}")
-    row = tasks.index(task)
-    start = base if base is not None else base_of(masks)
-    rescaler = float(masks[_RESCALERS][row])
+    row, own = tasks.index(task), companion_of(held)
+    start = base if base is not None else base_of(held)
     for name in merged:
-        if f"{name}.mask" in masks:
-            yield name, _restored(merged[name], start, masks, name, row, rescaler)
-        else:
-            yield name, merged[name]
+        tensor = merged[name]
+        if own.holds(held, name):
+            tensor = own.restored(held, name, row, merged=tensor, base=start[name])
+        yield name, tensor
 
 
 def open_companion(path: str | Path) -> Checkpoint:
@@ -185,6 +227,28 @@ def open_companion(path: str | Path) -> Checkpoint:
     if not masks.metadata.get("format", "").startswith("mergewell.companion"):
         raise CheckpointError(f"{path} is no companion; write one with `merge --companion`.")
     return masks
+
+
+def companion_of(held: Checkpoint) -> Companion:
+    """Return the companion that wrote an opened file, with its parameters.
+
+    Raises:
+        RecipeError: this release knows no such companion, or no such parameter.
+    """
+    return COMPANIONS.build(held.metadata["companion"], json.loads(held.metadata["parameters"]))
+
+
+def require_pair(merged: Checkpoint, held: Checkpoint) -> None:
+    """Require that an opened companion belongs to a merged model.
+
+    Raises:
+        CheckpointError: it is one of another merge.
+    """
+    if merged.metadata.get(RECIPE) != held.metadata.get(RECIPE):
+        raise CheckpointError(
+            f"{held.path} belongs to another merge than {merged.path}: their recipes differ; make "
+            "both from one plan."
+        )
 
 
 def base_of(masks: Checkpoint) -> Checkpoint:
@@ -201,24 +265,17 @@ def absolute(tensor: Tensor) -> float:
     return float(tensor.abs().sum(dtype=torch.float64))
 
 
-def _restored(
-    merged: Tensor, base: Checkpoint, masks: Checkpoint, name: str, row: int, rescaler: float
-) -> Tensor:
-    bits = masks[f"{name}.mask"][row]
-    unpacked = np.unpackbits(bits.numpy(), count=merged.numel())
-    mask = torch.from_numpy(unpacked).view(merged.shape).bool()
-    compute = _wider(merged.dtype)
-    start = base[name].to(compute)
-    kept = torch.where(mask, merged.to(compute) - start, 0.0)
-    return (start + rescaler * kept).to(merged.dtype)
+def merged_tasks(plan: Plan) -> dict[str, TensorTask]:
+    """Return what is merged, and not copied, by name."""
+    return {name: task for name, task in plan.tasks.items() if task.copied_from is None}
 
 
 def _cuts(
-    companion: Companion, plan: Plan, merged: Mapping[str, TensorTask]
+    companion: MaskCompanion, plan: Plan, merged: Mapping[str, TensorTask]
 ) -> Iterator[tuple[str, Cut]]:
     for name, tensor in merge_tensors(plan, list(merged)):
         task = merged[name]
-        compute = _wider(tensor.dtype)
+        compute = wider(tensor.dtype)
         base = plan.reference[name].to(compute)
         yield (
             name,
@@ -231,12 +288,17 @@ def _cuts(
         )
 
 
-def _packed(masks: Sequence[Tensor]) -> bytes:
+def _packed(masks: Sequence[Tensor]) -> Tensor:
     rows: list[Any] = [np.packbits(mask.reshape(-1).numpy()) for mask in masks]
-    return b"".join(row.tobytes() for row in rows)
+    return torch.from_numpy(np.stack(rows))
 
 
-def _wider(dtype: torch.dtype) -> torch.dtype:
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which task vectors are made: one step wider than stored."""
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -248,19 +310,20 @@ def require_fit(companion: Companion, plan: Plan, tasks: Sequence[str]) -> None:
         RecipeError: it does not; as `write_companion`.
     """
     name, method = companion.component_name(), plan.recipe.method.name
-    if method not in companion.methods:
+    if companion.methods and method not in companion.methods:
         raise RecipeError(
             f"{name} goes with merges by {' or '.join(companion.methods)}, not by {method}; merge "
             "by one of these."
         )
     if plan.base is None:
-        raise RecipeError(f"{name} masks what the merge adds to the base; name the base.")
+        raise RecipeError(f"{name} holds what is added to the base; name the base.")
     if len(tasks) != len(plan.experts) or len(set(tasks)) != len(tasks):
         raise RecipeError(
             f"{name} needs one name for each of {len(plan.experts)} experts, all different, but "
             f"got {', '.join(tasks) or 'none'}."
         )
-    if any(min(t.coefficients) <= 0 for t in plan.tasks.values() if t.copied_from is None):
+    masked = isinstance(companion, MaskCompanion)
+    if masked and any(min(task.coefficients) <= 0 for task in merged_tasks(plan).values()):
         raise RecipeError(
             f"{name} cannot give back an expert whose coefficient is not above 0; leave it out."
         )

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from mergewell.companions.base import Companion, Cut, absolute
+from mergewell.companions.base import Cut, MaskCompanion, absolute
 
 
-class Emr(Companion):
+class Emr(MaskCompanion):
     """Keep the unified entries whose sign is the expert's, rescaled to the expert's size.
 
     mask_k = 1[tau_k * unified > 0]; r_k = sum |tau_k| / sum |mask_k * unified| over the model.

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergewell.companions.base import Companion, Cut, absolute
+from mergewell.companions.base import Cut, MaskCompanion, absolute
 from mergewell.component import for_each
 
 Threshold = Annotated[float, Field(ge=0)]
 
 
-class TallMasks(Companion):
+class TallMasks(MaskCompanion):
     """Keep the entries of the multi-task vector that are large beside the other experts' part.
 
     mask_k = 1[|tau_k| >= threshold_k |tau - tau_k|], tau the sum of the task vectors; the expert is
