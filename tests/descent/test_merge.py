@@ -11,11 +11,13 @@ from families import factory, tiny_family
 from torch import Tensor
 from torch.func import functional_call
 
+from mergewell.descent.adjustment import Adjustment, with_task_vectors
 from mergewell.descent.merge import LearnedMerge
 from mergewell.errors import MethodError, ModelError
 from mergewell.plan import make_plan
 from mergewell.recipe import Recipe, make_recipe
 from mergewell.run import merge_tensors
+from mergewell.tensor_group import TensorGroup
 
 
 def recipe_of(folder: Path, method: dict[str, Any], *, rules: Any = (), count: int = 3) -> Recipe:
@@ -106,3 +108,50 @@ def test_a_method_that_ignores_its_coefficients_is_named(tmp_path: Path) -> None
     merge.module(torch.ones(1, 4)).sum().backward()
     with pytest.raises(MethodError, match="whatever the coefficients"):
         merge.gradient()
+
+
+class Doubling(Adjustment):
+    """Each task vector times a learned number an element."""
+
+    def start(self, group: TensorGroup) -> Tensor | None:
+        return None if group.experts[0].dim() < 2 else torch.full_like(group.experts[0], 2.0)
+
+    def adjusted(self, group: TensorGroup, leaf: Tensor) -> TensorGroup:
+        return with_task_vectors(group, [leaf * tau for tau in group.task_vectors])
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_an_adjustment_s_leaf_has_the_gradient_of_one_graph(tmp_path: Path, held: int) -> None:
+    recipe = recipe_of(tmp_path, {"name": "task_arithmetic", "scale": 1.0})
+    merge = LearnedMerge(recipe, factory(), per="layer", adjustment=Doubling(), held=held)
+    assert {*merge.leaves} == {"0.weight", "2.weight"}
+    assert merge.coefficients.shape == (2, 3)
+    inputs = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    merge.module(inputs).square().mean().backward()
+    rows = merge.gradient()
+    leaves = {n: leaf.detach().clone().requires_grad_() for n, leaf in merge.leaves.items()}
+    coefficients = merge.coefficients.detach().clone().requires_grad_()
+    state = {name: t.detach() for name, t in merge.module.state_dict().items()}
+    for part in merge.parts:
+        name = part.task.name
+        base = merge.plan.reference[name]
+        summed = sum(
+            coefficients[part.row, k].float() * (expert[name] - base)
+            for k, expert in enumerate(merge.plan.experts)
+        )
+        state[name] = base + leaves.get(name, torch.ones(())) * summed
+    loss = functional_call(merge.module, state, (inputs,)).square().mean()
+    loss.backward()
+    torch.testing.assert_close(rows, coefficients.grad, rtol=1e-5, atol=1e-7)
+    for name, leaf in merge.leaves.items():
+        torch.testing.assert_close(leaf.grad, leaves[name].grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(merge.module.state_dict()[name], state[name].detach())
+
+
+def test_by_task_a_rule_s_own_coefficients_stay(tmp_path: Path) -> None:
+    rules = [{"match": "2.*", "coefficients": [0.5, 0.0, 0.0]}]
+    recipe = recipe_of(tmp_path, {"name": "task_arithmetic"}, rules=rules)
+    by_task = LearnedMerge(recipe, factory(), per="task")
+    assert {part.task.name for part in by_task.parts} == {"0.weight", "0.bias"}
+    by_layer = LearnedMerge(recipe, factory(), per="layer")
+    assert by_layer.coefficients[1].tolist() == [0.5, 0.0, 0.0]

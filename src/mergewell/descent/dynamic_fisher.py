@@ -93,7 +93,7 @@ class DynamicFisher:
             if name in fisher:
                 tau = self._merge.group(part).task_vectors[expert]
                 share = len(point) * fisher[name] / total[name]
-                found[name] = share.view_as(tau) * tau
+                found[name] = share.reshape(tau.shape) * tau
         return found
 
     def place(self, point: Tensor) -> None:
@@ -104,7 +104,7 @@ class DynamicFisher:
             fisher = self.of(point, expert)
             for part in self._merge.parts:
                 name, tau = part.task.name, self._merge.group(part).task_vectors[expert]
-                weight = fisher[name].view_as(tau) if name in fisher else torch.ones_like(tau)
+                weight = fisher[name].reshape(tau.shape) if name in fisher else torch.ones_like(tau)
                 moved = weight * (float(point[expert]) * tau)
                 top[name] = moved if name not in top else top[name] + moved
                 below[name] = weight if name not in below else below[name] + weight

@@ -153,7 +153,9 @@ class LearnedMerge:
                     "learn them for another method, such as task_arithmetic."
                 )
             asked = [row] if leaf is None else [row, leaf]
-            back = torch.autograd.grad(merged, asked, upstream.to(merged.dtype).view_as(merged))
+            # channels-last gradients cannot be viewed
+            upstream = upstream.to(merged.dtype).reshape(merged.shape)
+            back = torch.autograd.grad(merged, asked, upstream)
             found[part.row] += back[0]
             if leaf is not None:
                 leaf.grad = back[1]
