@@ -6,7 +6,6 @@ units stand in other places. Every merge, and every repair, works on it afterwar
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import mergewell
 from mergewell.alignment.activations import match_activations, unseen
 from mergewell.alignment.matching import Matched, OnSweep
 from mergewell.alignment.permutations import PermutationGraph, Permutations
 from mergewell.alignment.tracing import permutation_graph
 from mergewell.alignment.weights import distance, match_weights
+from mergewell.alignment.writing import write_changed
+from mergewell.alignment.zipit import Pairs, zipped
 from mergewell.errors import DataError, ModelError
 from mergewell.inputs import batches, input_files, load_inputs
 from mergewell.models.dataflow import Batch, call, evaluating, tensors
 from mergewell.models.loader import ModuleSource, load_state, placed
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
-from mergewell.storage.manifest import InputFile, Manifest, hash_file
-from mergewell.storage.writer import CheckpointWriter, ShardLayout, require_free_name
+from mergewell.storage.manifest import Manifest
+from mergewell.storage.writer import require_free_name
 
 Match = Literal["weights", "activations"]
 """What is compared: weights, or what units do on unlabelled inputs."""
@@ -88,49 +88,86 @@ def align_folder(
         names=list(checkpoint), match=match, seed=seed, on_sweep=on_sweep,
     )  # fmt: skip
     by, graph = done.matched.permutations, done.graph
-    used = () if data is None else input_files(data)
-    inputs = [
-        InputFile(path=str(file.resolve()), hash=hash_file(file), bytes=file.stat().st_size)
-        for file in dict.fromkeys((*checkpoint.files, *reference.files, *used))
-    ]
-    layouts = [
-        ShardLayout(shard.file, tuple(checkpoint.spec(name) for name in shard.names))
-        for shard in checkpoint.shards
-    ]
-    key = f"align-{match}-{seed}-{'-'.join(file.hash for file in inputs)}"
-    metadata = {"format": "pt", "mergewell.align": match}
-    changed = 0
-    with CheckpointWriter(Path(out), layouts, metadata=metadata, key=key) as writer:
-        for name in checkpoint:
-            tensor = checkpoint[name]
-            moved = graph.permuted_tensor(done.names.get(name, ""), tensor, by)
-            changed += not torch.equal(moved, tensor)
-            writer.write(name, 0, moved.reshape(-1))
-        for file in checkpoint.side_files:
-            writer.add_file(file.name, checkpoint.side_file(file))
-        return writer.commit(
-            {
-                "recipe": {},
-                "align": {
-                    "expert": str(Path(expert).resolve()),
-                    "to": str(Path(to).resolve()),
-                    "match": match,
-                    "samples": 0 if data is None else sum(_count(batch) for batch in given),
-                    **_told(done, match),
-                },
-                "inputs": inputs,
-                "tensors": len(checkpoint),
-                "tensors_changed": changed,
-                "seed": seed,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                "directory": str(Path.cwd()),
-                "seconds": round(time.perf_counter() - began, 3),
-            }
-        )
+    told = {
+        "expert": str(Path(expert).resolve()),
+        "to": str(Path(to).resolve()),
+        "match": match,
+        "samples": 0 if data is None else sum(_count(batch) for batch in given),
+        **_told(done, match),
+    }
+    return write_changed(
+        checkpoint,
+        out,
+        lambda name, tensor: graph.permuted_tensor(done.names.get(name, ""), tensor, by),
+        told={"align": told},
+        kind=match,
+        used=(*reference.files, *(() if data is None else input_files(data))),
+        seed=seed,
+        began=began,
+    )
+
+
+def zip_folder(
+    expert: str | Path,
+    to: str | Path,
+    out: str | Path,
+    *,
+    source: ModuleSource,
+    data: str,
+    samples: int = 512,
+    pairs: Pairs = "any",
+    seed: int = 0,
+) -> Manifest:
+    """Write `out`: an expert and the model `to` merged by joining units (ZipIt).
+
+    Unlike `align_folder` this makes the merged model, since what is joined within one model is in
+    no order of the other's. Names, dtypes and side files are the expert's; what the module does not
+    have is the mean of both. The manifest's `zipit` says what was joined.
+
+    Raises:
+        ModelError, DataError, CheckpointError, OutputError: as `align_folder`; also a tensor that
+            neither the module nor `to` has.
+    """
+    began = time.perf_counter()
+    require_free_name(Path(out).resolve())
+    reference, checkpoint = open_checkpoint(to), open_checkpoint(expert)
+    folder = source.location if source.kind == "huggingface" else str(expert)
+    given = _batches(source, data, folder, samples)
+    module = _built(source, checkpoint)
+    done = zipped(_built(source, reference), module, given, pairs=pairs, seed=seed)
+    held = placed(module, list(checkpoint))
+
+    def merged(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        if name in held:
+            return held[name].detach().to(tensor.dtype)
+        if name not in reference:
+            raise ModelError(f"{name} is in neither the module nor {to}; leave it out of {expert}.")
+        return ((tensor.double() + reference[name].double()) / 2).to(tensor.dtype)
+
+    told = {
+        "expert": str(Path(expert).resolve()),
+        "to": str(Path(to).resolve()),
+        "pairs": pairs,
+        "samples": sum(_count(batch) for batch in given),
+        "units": sum(table.numel() for table in done.graph.identity().values()),
+        "groups": len(done.graph.groups),
+        "within": round(done.within, 6),
+        "across": list(done.across),
+        "unseen": list(done.unseen),
+        "fixed": dict(done.graph.fixed),
+    }
+    return write_changed(
+        checkpoint,
+        out,
+        merged,
+        told={"zipit": told},
+        kind="zipit",
+        used=(*reference.files, *input_files(data)),
+        seed=seed,
+        began=began,
+    )
 
 
 def aligned(

@@ -158,7 +158,7 @@ class _Solver:
         total = torch.zeros(_prod(sizes), _prod(sizes), dtype=torch.float64)
         for evidence in self._likeness.evidence(of, by):
             if not set(without) & set(evidence.axis.groups()):
-                table = _entries(evidence.axis, groups, sizes)
+                table = entries(evidence.axis, groups, sizes)
                 total += evidence.between(table, evidence.axis.index(others, within)[table])
         return total.reshape(*sizes, *sizes)
 
@@ -167,7 +167,7 @@ class _Solver:
         return torch.from_numpy(self._assign(gains.numpy(), maximize=True)[1]).to(torch.int64)
 
 
-def _entries(axis: Axis, groups: Sequence[str], sizes: Sequence[int]) -> Tensor:
+def entries(axis: Axis, groups: Sequence[str], sizes: Sequence[int]) -> Tensor:
     """Return where the entries of every unit (of every pair, of two groups) stand, [n, c]."""
     units, known = (
         torch.zeros(axis.size, dtype=torch.int64),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ def align(
     match: Annotated[
         str, typer.Option(help="What is compared: weights, or activations on the data.")
     ] = "weights",
+    zip: Annotated[
+        bool, typer.Option("--zip", help="Merge the two: join units, also of one model (ZipIt).")
+    ] = False,
     model_factory: Factory = None,
     samples: Annotated[int, typer.Option(min=2, help="At most this many inputs.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the order in which groups are matched.")] = 0,
@@ -30,11 +33,12 @@ def align(
 ) -> None:
     """Put an expert's units in another model's order, so that the two can be merged.
 
-    For models that were trained from different initialisations. The function stays the same.
+    For models that were trained from different initialisations. The function stays the same. With
+    --zip what is written is the merged model, as if the average had been made, too.
     """
     from typing import cast, get_args
 
-    from mergewell.alignment.align import Match, align_folder
+    from mergewell.alignment.align import Match, align_folder, zip_folder
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import DataError, ModelError, OutputError, RecipeError, did_you_mean
     from mergewell.models.loader import ModuleSource
@@ -53,6 +57,18 @@ def align(
             f"{expert} is no Hugging Face folder, so align needs --model-factory PKG:FUNC (or "
             "timm:NAME), which makes the module that takes these weights."
         )
+    if zip:
+        if data is None:
+            raise DataError("Units are joined by what they do on inputs; add --data PATH.")
+        if match != "weights":
+            raise RecipeError(f"--zip compares activations in its own way; drop --match {match}.")
+        with one_thread_a_worker():
+            manifest = zip_folder(
+                expert, to, out, source=ModuleSource.parse(model_factory or expert), data=data,
+                samples=samples, seed=seed,
+            )  # fmt: skip
+        _print_zipped(manifest.model_dump(mode="json")["zipit"], out, as_json=json)
+        return
     with one_thread_a_worker():
         manifest = align_folder(
             expert, to, out, source=ModuleSource.parse(model_factory or expert), data=data,
@@ -76,4 +92,19 @@ def align(
         f"{counted(len(done['groups']), 'group')} moved; distance to {to} {number(before)} before, "
         f"{number(after)} after ({fine_percent(nearer)} nearer); outputs changed by "
         f"{number(done['output_change'], 2)} of their norm (rounding)."
+    )
+
+
+def _print_zipped(done: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    from mergewell.report.numbers import counted, percent
+
+    if as_json:
+        print_json({"version": 1, "folder": str(out), **done})
+        return
+    for name in done["across"]:
+        print(f"joined across the models only: {name}")
+    print(
+        f"{out}: {counted(done['units'], 'unit')} in {counted(done['groups'], 'group')} joined in "
+        f"pairs, {percent(done['within'])} of them within one model; this is the merged model, on "
+        f"{counted(done['samples'], 'input')}."
     )
