@@ -68,9 +68,12 @@ def test_outputs_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_without_steps_it_is_the_start_bit_for_bit(tmp_path: Path, start: int) -> None:
-    recipe = recipe_of(tmp_path, 2, method={"name": "task_arithmetic", "scale": 0.4})
-    learner = Distillation(steps=0, start=start, folder=str(tmp_path / "out"))
-    learned = learner.learn(recipe, material(2))
+    method = {"name": "task_arithmetic", "scale": 0.4}
+    recipe = recipe_of(tmp_path, 2, method=method)
+    learner = Distillation.model_validate(
+        {"steps": 0, "start": start, "folder": str(tmp_path / "out"), "method": method}
+    )
+    learned = learner.learn(recipe_of(tmp_path, 2), material(2))
     wanted = load_file(recipe.experts[1].path) if start else merged(recipe)
     found = merged(learned.recipe)
     assert set(found) == set(wanted)

@@ -129,8 +129,11 @@ def test_bias_and_gradient_by_hand() -> None:
 @pytest.mark.parametrize("name", ["surgery", "surgery_v2"])
 def test_without_steps_the_module_is_the_merged_model(tmp_path: Path, name: str) -> None:
     recipe = deep_family(tmp_path, 2)
-    learned = learner(name, tmp_path / "c", steps=0).learn(recipe, Material(deep, tasks=tasks(2)))
-    assert learned.recipe == recipe.model_copy(update={"notes": learned.recipe.notes})
+    method = {"name": "task_arithmetic", "scale": 0.3}
+    how = learner(name, tmp_path / "c", steps=0, method=method)
+    learned = how.learn(recipe, Material(deep, tasks=tasks(2)))
+    wanted = make_recipe({**recipe.as_data(), "method": method})
+    assert learned.recipe == wanted.model_copy(update={"notes": learned.recipe.notes})
     assert learned.trials[0].score == learned.score < 0
     plan = make_plan(learned.recipe)
     run(plan, tmp_path / "merged", workers=1)

@@ -11,7 +11,7 @@ from mergewell.distil.weights import of_weights, require_folder, write_weights
 from mergewell.errors import DataError, RecipeError
 from mergewell.learners.base import Learned, Learner, Material, OnStep, Trial
 from mergewell.plan import make_plan
-from mergewell.recipe import Recipe
+from mergewell.recipe import MethodChoice, Recipe
 from mergewell.repair import mended
 from mergewell.run import merge_tensors
 
@@ -38,8 +38,11 @@ class Distillation(Learner):
     match: Literal["answers", "outputs"] = "answers"
     """Match probabilities (KL), where logits are known, or what the network returns (squares)."""
 
+    method: MethodChoice | None = None
+    """What merges at the start; the recipe's own method when absent."""
+
     start: Annotated[int, Field(ge=0)] = 0
-    """The expert to start from, from 1 on, or 0 for the recipe's merge."""
+    """The expert to start from, from 1 on, or 0 for the merge."""
 
     steps: Annotated[int, Field(ge=0)] = 200
     """Steps, each on one batch of every task; with 0 the weights are those it starts from."""
@@ -70,7 +73,8 @@ class Distillation(Learner):
             )
         if not material.tasks:
             raise DataError("distillation learns from inputs of each expert's task; give some.")
-        plan = mended(make_plan(recipe))
+        begun = recipe if self.method is None else recipe.model_copy(update={"method": self.method})
+        plan = mended(make_plan(begun))
         first = dict(merge_tensors(plan))
         if self.start:
             expert = plan.experts[self.start - 1]
@@ -84,7 +88,7 @@ class Distillation(Learner):
             f"{taught.before:.4g}, on the inputs that taught; {taught.moved} tensors moved in "
             f"{self.steps} steps, and the model of {len(recipe.experts)} experts stands in {path}."
         )
-        result = of_weights(recipe, path)
+        result = of_weights(begun, path)
         result = result.model_copy(update={"notes": (*recipe.notes, note)})
-        trials = (Trial(recipe, -taught.before, False), Trial(result, -taught.after, True))
+        trials = (Trial(begun, -taught.before, False), Trial(result, -taught.after, True))
         return Learned(result, -taught.after, trials)

@@ -15,7 +15,7 @@ from mergewell.learners.base import Learned, Learner, Material, OnStep, Trial
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.plan import make_plan
-from mergewell.recipe import Recipe
+from mergewell.recipe import MethodChoice, Recipe
 from mergewell.repair import mended
 from mergewell.run import merge_tensors
 from mergewell.surgery.companion import task_names, write_corrections
@@ -26,6 +26,9 @@ class SurgeryLearner(Learner):
     """A learner that leaves the merge as it is and writes corrections for each task beside it."""
 
     data: ClassVar[str] = "unlabelled"
+
+    method: MethodChoice | None = None
+    """What merges; the recipe's own method when absent."""
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of a correction."""
@@ -49,7 +52,7 @@ class SurgeryLearner(Learner):
     def learn(
         self, recipe: Recipe, material: Material, *, on_step: OnStep | None = None
     ) -> Learned:
-        """Return the recipe as it is, with a note of the companion that was written.
+        """Return the recipe of the merge, with a note of the companion that was written.
 
         Raises:
             DataError: an expert without inputs of its task, or inputs of an unknown one.
@@ -59,7 +62,8 @@ class SurgeryLearner(Learner):
         name = self.component_name()
         require_folder(recipe, self.folder, name)
         inputs = _by_expert(material, len(recipe.experts), name)
-        plan = make_plan(recipe)
+        merge = recipe if self.method is None else recipe.model_copy(update={"method": self.method})
+        plan = make_plan(merge)
         merged, expert = material.factory(), material.factory()
         weights = dict(merge_tensors(mended(plan)))
         load_state(merged, weights)
@@ -84,7 +88,7 @@ class SurgeryLearner(Learner):
             {task: each.corrections for task, each in found.items()},
             merged=weights,
             made_by=name,
-            parameters=self.model_dump(mode="json", exclude={"folder"}),
+            parameters=self.model_dump(mode="json", exclude={"folder", "method"}),
         )
         before, after = (
             sum(getattr(each, side) for each in found.values()) / len(found)
@@ -96,8 +100,8 @@ class SurgeryLearner(Learner):
             f"{', '.join(found)} stand in {path}. The merged model alone is as it was: whoever "
             "uses a correction has to know the task (mergewell.surgery.companion.load_corrected)."
         )
-        result = recipe.model_copy(update={"notes": (*recipe.notes, note)})
-        trials = (Trial(recipe, -before, kept=False), Trial(result, -after, kept=True))
+        result = merge.model_copy(update={"notes": (*recipe.notes, note)})
+        trials = (Trial(merge, -before, kept=False), Trial(result, -after, kept=True))
         return Learned(result, -after, trials)
 
 
