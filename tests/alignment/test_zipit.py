@@ -118,7 +118,7 @@ def test_the_command_writes_the_merged_model(
 ) -> None:
     one, two = shaken(ResNet()).float(), shaken(ResNet(), seed=1).float()
     for name, module in {"a": one, "b": two}.items():
-        state = {"extra": torch.full((2,), 1.0 if name == "a" else 4.0), **module.state_dict()}
+        state = {"head.scale": torch.full((2,), 1.0 if name == "a" else 4.0), **module.state_dict()}
         (tmp_path / name).mkdir()
         save_file(state, tmp_path / name / "model.safetensors")
     save_file({"x": images().float()}, tmp_path / "x.safetensors")
@@ -132,6 +132,6 @@ def test_the_command_writes_the_merged_model(
     found = open_checkpoint(tmp_path / "out")
     state = two.state_dict()
     assert all(torch.allclose(found[n], t, atol=1e-5) for n, t in state.items())
-    assert found["extra"].tolist() == [2.5, 2.5]
+    assert found["head.scale"].tolist() == [2.5, 2.5]
     assert told["samples"] == 32 and 0 < told["within"] < 1
     assert read_manifest(tmp_path / "out").model_dump()["zipit"]["pairs"] == "any"
