@@ -154,6 +154,8 @@ class Drawing:
 
     runs: int = 0
     """Fine-tunings a base, of which every fifth gives a broken expert too."""
+    first: int = 0
+    """Runs a base that the first set draws from, besides experts given; each set one more."""
     sizes: Sequence[int] = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
     labelled_every: int = 1
     """Every which set gets the predictors that need labels."""

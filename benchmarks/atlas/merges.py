@@ -54,10 +54,6 @@ COMPATIBLE, SAME_TASK = 0.68, 0.12
 """Shares of sets that are as they come, and of those in which experts may have one task."""
 
 
-FIRST = 12
-"""Runs a base that the first set draws from."""
-
-
 @dataclass(frozen=True)
 class ExpertSet:
     """Experts that are merged, in several ways."""
@@ -83,10 +79,11 @@ class Merge:
 def draw_set(family: Family, experts: Experts, base: str, number: int) -> ExpertSet:
     """Return a set of 2 to 8 experts of a base, by its number.
 
-    Set n draws from the first `FIRST` + n runs, so that merging need not wait for all of them.
+    Set n draws from the first `first` + n runs, so that merging need not wait for all of them.
     """
     rng = np.random.default_rng([47, family.bases.index(base), number])
-    every = [e for e in experts.all.values() if e.run.number < FIRST + number]
+    below = family.draws().first + number
+    every = [e for e in experts.all.values() if e.run.number < below]
     sound = [e for e in every if e.base == base and e.kind in ("given", "trained")]
     reasons = [r for r in REASONS if r in {e.kind for e in every if e.base == base}]
     reasons += ["other base"] if len(family.bases) > 1 else []

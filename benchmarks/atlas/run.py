@@ -23,7 +23,6 @@ from book import Book
 from experts import Experts
 from family import Family
 from measure import Atlas
-from merges import FIRST
 from table import EXPERT, MERGE, known
 
 FAMILIES = {
@@ -51,11 +50,12 @@ def main() -> None:
     if given.only == "experts":
         experts.make(until)
         return
-    experts.make(until, below=FIRST)
+    first = family.draws().first
+    experts.make(until, below=first)
     book = Book(family.folder / "merges.jsonl", MERGE, known("merges", given.family))
     atlas = Atlas(family, experts, book)
     for number in range(given.sets):
-        experts.make(until, below=FIRST + number)
+        experts.make(until, below=first + number)
         for base in family.bases:
             for row in atlas.measure(base, number, until):
                 what = row.get("error") or [round(a, 2) for a in row["merged"]]

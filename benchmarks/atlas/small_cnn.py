@@ -188,7 +188,7 @@ class SmallCnnFamily(Family):
         ]
 
     def draws(self) -> Drawing:
-        return Drawing(runs=48)
+        return Drawing(runs=48, first=12, labelled_every=2, own_every=2)
 
     def _split(self, task: str, split: str) -> tuple[Tensor, Tensor]:
         """Return images [N, 3, 16, 16] and labels [N] of a task."""

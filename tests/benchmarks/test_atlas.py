@@ -104,7 +104,7 @@ def toy(atlas: Mapping[str, Any], folder: Path) -> Any:
             return [[("0.weight", 0), ("0.bias", 0), ("2.weight", 1)]]
 
         def draws(self) -> Any:
-            return family.Drawing(runs=6, sizes=(2, 3))
+            return family.Drawing(runs=6, first=12, sizes=(2, 3))
 
     return Toy(folder, folder)
 
