@@ -30,7 +30,10 @@ from mergewell.tensor_group import Value
 Raw = NDArray[Any]
 """Stored elements: uint16 holds the bits of bfloat16, float32 is itself."""
 
-_SHARED = {"base", "ops", "options", "order_ops", "rank_ops", "sparse_ops", "thresholds"}
+_SHARED = {
+    "base", "four_ops", "ops", "options", "order_ops", "random_ops", "rank_ops", "sparse_ops",
+    "thresholds",
+}  # fmt: skip
 """Files here that are nobody's form."""
 
 SMALLEST = 1 << 15

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergewell.kernels import sparse_ops
+from mergewell.kernels import random_ops
 from mergewell.kernels.base import Fused, RawBlock
 from mergewell.kernels.options import combination
 from mergewell.methods.base import for_each
@@ -23,7 +23,7 @@ def merge(method: Dare, block: RawBlock) -> Fused | None:
     limits = np.ceil(densities * (1 << 24)).astype(np.int32)
     factors = 1 / densities if method.rescale == "density" else np.ones_like(densities)
     out = np.empty_like(base)
-    tally = sparse_ops.drop_and_combine(
+    tally = random_ops.drop_and_combine(
         base, block.addresses, block.offset, keys, limits, factors.astype(block.computed),
         block.coefficients, combination(method, len(densities)), block.computed.type(method.scale),
         out,

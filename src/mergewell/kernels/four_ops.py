@@ -96,6 +96,37 @@ def trim_and_elect(base, experts, start, stop, bounds, table, scale, out):
         store(part, i, origin + scale * mean)
 
 
+@inlined
+def drawn(value, number, below, factor, zero):
+    """Return a value whose random number's upper 24 bits are below a limit times `factor`, or 0."""
+    return (value if np.int32(number >> np.uint32(8)) < below else zero) * factor
+
+
+@fused
+def drop_and_elect(base, experts, start, stop, numbers, limits, factors, table, scale, out):
+    """Store the merge of elements [start, stop), of each task vector those that were drawn.
+
+    experts: [4]; numbers: four of random_ops.of_pairs; limits, factors: [4 or more], of an expert;
+    table: [3, 4], see `factors`.
+    """
+    own, part = base[start:stop], out[start:stop]
+    one, zero = table.dtype.type(1), table.dtype.type(0)
+    votes, coefficients, shares = row_of(table, 0), row_of(table, 1), row_of(table, 2)
+    first, second = part_of(experts, 0, start, stop, base), part_of(experts, 1, start, stop, base)
+    third, fourth = part_of(experts, 2, start, stop, base), part_of(experts, 3, start, stop, base)
+    r, s, t, u = numbers
+    e, f, g, h = limits[0], limits[1], limits[2], limits[3]
+    a, b, c, d = factors[0], factors[1], factors[2], factors[3]
+    for i in range(own.size):
+        origin = load(own, i)
+        w = drawn(load(first, i) - origin, r[i], e, a, zero)
+        x = drawn(load(second, i) - origin, s[i], f, b, zero)
+        y = drawn(load(third, i) - origin, t[i], g, c, zero)
+        z = drawn(load(fourth, i) - origin, u[i], h, d, zero)
+        mean = elected((w, x, y, z), votes, coefficients, shares, one, zero)
+        store(part, i, origin + scale * mean)
+
+
 @fused
 def elect(base, taus, start, table, scale, out):
     """Store the merge of thinned task vectors, whose elements for base and out begin at `start`.

@@ -23,7 +23,8 @@ from mergewell.kernels.ops import (
     tallied,
     watch,
 )
-from mergewell.kernels.sparse_ops import TILE, combine, draw, even
+from mergewell.kernels.random_ops import draw, of_pairs, steps_of
+from mergewell.kernels.sparse_ops import TILE, combine, even
 
 BINS = 4096
 """Counters of upper bits, two for each."""
@@ -172,12 +173,12 @@ def probabilities(low, range_, row, like):
 def keep(base, expert, numbers, share, rescale, out):
     """Put into out what is kept of a task vector, with the probability `share`, and 0 else.
 
-    numbers: random, below 2^24; rescale: divide by the probability.
+    numbers: random, of 32 bits, the upper 24 count; rescale: divide by the probability.
     """
     zero, one, unit = out.dtype.type(0), out.dtype.type(1), np.float32(1 / (1 << 24))
     for i in range(base.size):
         tau = load(expert, i) - load(base, i)
-        kept = tau if np.float32(numbers[i]) * unit < share[i] else zero
+        kept = tau if np.float32(np.int32(numbers[i] >> np.uint32(8))) * unit < share[i] else zero
         # no share is 0, but a division that might fail would not be vectorised
         divisor = share[i] if rescale and share[i] != 0 else one
         out[i] = kept / divisor
@@ -193,22 +194,19 @@ def drop_by_rank_and_combine(
     probability to keep the smallest, and how much more the largest has; rescale: divide by it.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes, scratch = (
-        np.empty((2, LANES), coefficients.dtype),
-        np.empty((3, TILE), coefficients.dtype),
-    )
+    lanes = np.empty((2, LANES), coefficients.dtype)
     padded = even(coefficients)
     rows = max(len(padded), four_ops.MOST)
-    thinned, taus = np.zeros((rows, row), padded.dtype), np.zeros((len(padded), TILE), padded.dtype)
-    # an array that is taken apart has rows of no known stride
-    keys, numbers = np.empty(row, np.int32), np.empty(row, np.int32)
-    spare, pairs = np.empty((4, row + BINS), np.int32), np.empty(row // 2 + 1, np.int64)
-    tables, share = np.empty((experts.size, row), padded.dtype), np.empty(row, padded.dtype)
+    taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
+    thinned, share = np.zeros((rows, row), padded.dtype), np.empty(row, padded.dtype)
+    keys, spare = np.empty(row, np.int32), np.empty((4, row + BINS), np.int32)
+    steps, pairs = steps_of(row // 2 + 1), np.empty(row // 2 + 1, np.int64)
+    tables = np.empty((experts.size, row), padded.dtype)
     for k in range(experts.size):
         tables[k] = probabilities(bounds[k, 0], bounds[k, 1], row, padded)
     factors = four_ops.factors(coefficients, options)
     for begin in range(0, base.size, row):
-        own = base[begin : begin + row]
+        place, own = position + begin, base[begin : begin + row]
         for k in range(experts.size):
             expert, tau = part_of(experts, k, begin, begin + row, base), thinned[k]
             watch(expert, marks[0])
@@ -219,8 +217,8 @@ def drop_by_rank_and_combine(
             for i in range(row):
                 keys[i] = magnitude_key(load(expert, i) - load(own, i))
             by_rank(keys, tables[k], share, spare)
-            draw(position + begin, random_keys[k], row, pairs, numbers)
-            keep(own, expert, numbers, share, rescale, tau)
+            draw(place, random_keys[k], row, steps, pairs)
+            keep(own, expert, of_pairs(pairs, place, row), share, rescale, tau)
         for start in range(0, row, TILE):
             stop = min(start + TILE, row)
             part_out, part_own = out[begin + start : begin + stop], own[start:stop]

@@ -209,55 +209,6 @@ def of_chunk(ties, place):
 
 
 @fused
-def draw(position, key, size, pairs, numbers):
-    """Put 24-bit random integers for `size` positions under a key into numbers; see TensorGroup."""
-    first, odd = position >> 1, position & 1
-    for i in range((size + odd + 1) >> 1):
-        z = (first + i + 1) * np.int64(-7046029254386353131) + key
-        z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * np.int64(-4658895280553007687)
-        z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * np.int64(-7723592293110705685)
-        pairs[i] = z ^ ((z >> 31) & 0x1FFFFFFFF)
-    halves = pairs.view(np.int32)[odd : odd + size]
-    for i in range(size):
-        numbers[i] = (halves[i] >> 8) & 0xFFFFFF
-
-
-@fused
-def dropped(base, expert, numbers, limit, factor, out):
-    """Put a task vector's entries into out where their number is below `limit`, times `factor`."""
-    zero = out.dtype.type(0)
-    for i in range(base.size):
-        tau = load(expert, i) - load(base, i)
-        out[i] = (tau if numbers[i] < limit else zero) * factor
-
-
-@fused
-def drop_and_combine(
-    base, experts, position, keys, limits, factors, coefficients, options, scale, out
-) -> Any:
-    """Store the merge of randomly thinned task vectors; return the tally.
-
-    position: of the first element in the whole tensor; keys, limits (of 2^24), factors: [K].
-    """
-    marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), coefficients.dtype)
-    padded = even(coefficients)
-    taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
-    pairs, numbers = np.empty(TILE // 2 + 1, np.int64), np.empty(TILE, np.int32)
-    for start in range(0, base.size, TILE):
-        stop = min(start + TILE, base.size)
-        own, part = base[start:stop], out[start:stop]
-        for k in range(experts.size):
-            expert = part_of(experts, k, start, stop, base)
-            watch(expert, marks[0])
-            draw(position + start, keys[k], own.size, pairs, numbers)
-            dropped(own, expert, numbers, limits[k], factors[k], taus[k])
-        combine(taus, padded, options, scale, own, part, scratch)
-        account(part, own, marks, lanes, sums)
-    return tallied(marks, sums)
-
-
-@fused
 def selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, ties):
     """Put the entries of large variance in [start, stop) into taus; return the ties left after.
 
