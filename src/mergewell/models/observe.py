@@ -136,7 +136,7 @@ class _Watcher:
     def _packed(self, unit: Unit, hidden: Tensor, output: Tensor, keep: Tensor, size: int) -> None:
         """Observe tokens that are no padding: the layers are run on these alone.
 
-        Layers take so many samples that they are quick, the statistic `size` of them at a time.
+        At least `size` samples at a time, and more while that is little.
         """
         counts = [int(count) for count in keep.sum(1)]
         rows = max(1, _ELEMENTS // output.shape[-1])
@@ -148,13 +148,8 @@ class _Watcher:
             kept = keep[first:last]
             own = output[first:last][kept] if self.merged is self.reference else output
             z, merged = self._made(unit, (hidden[first:last][kept],), {}, own)
-            sample_of, begin = kept.nonzero()[:, 0], 0
-            for start in range(first, min(last, len(counts)), size):
-                part = slice(begin, begin := begin + sum(counts[start : start + size]))
-                seen = [tuple(branch[part] for branch in side) for side in z]
-                middle = None if merged is None else tuple(branch[part] for branch in merged)
-                numbers = sample_of[part] - (start - first)
-                add_pointwise(self.states, unit, seen, middle, self.coefficients, None, numbers)
+            numbers = kept.nonzero()[:, 0]
+            add_pointwise(self.states, unit, z, merged, self.coefficients, None, numbers)
             first = last
 
     def _made(
