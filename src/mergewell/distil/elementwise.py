@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from mergewell.distil.outputs import first, unpadded
 from mergewell.guidance import parameter_name
 from mergewell.models.dataflow import Batch, evaluating
+from mergewell.models.gradients import differentiable
 from mergewell.models.walk import Call
 from mergewell.plan import Plan
 
@@ -30,7 +30,7 @@ class Grown:
     """[K, *shape]."""
 
     def at(self, coefficients: Tensor) -> Tensor:
-        """Return the merge with coefficients [K, *shape], or [K] with ones after it."""
+        """Return the merge with coefficients [K, *shape]."""
         return self.base + (coefficients * self.task_vectors).sum(0)
 
 
@@ -65,40 +65,48 @@ def fit(
 
     Source: Xu et al. 2025, "ProDistill", arXiv:2502.12706 (methods.md B5).
     """
-    leaves = {n: torch.full_like(g.task_vectors, start).requires_grad_() for n, g in grown.items()}
-    optimiser = torch.optim.Adam(leaves.values(), lr=rate)
+    coefficients = {n: torch.full_like(g.task_vectors, start) for n, g in grown.items()}
+    optimiser = torch.optim.Adam(coefficients.values(), lr=rate)
     tasks = [[i for i in calls if owners[i] == owner] for owner in sorted({*owners})]
+    parameters = {n: p for n, p in module.named_parameters() if n in grown}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.clone()  # the file's own memory is not written into
 
-    def weights() -> dict[str, Tensor]:
-        return {name: grown[name].at(leaf) for name, leaf in leaves.items()}
+    def place() -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(grown[name].at(coefficients[name]))
+            parameter.grad = None
 
-    def distance(index: int, parameters: Mapping[str, Tensor]) -> Tensor:
+    def distance(index: int) -> Tensor:
         # a module may write into what it is given
         args, kwargs = tree_map_only(Tensor, torch.clone, (calls[index].args, calls[index].kwargs))
-        given = first(functional_call(module, dict(parameters), args, kwargs), calls[index].module)
-        wanted = targets[index]
+        given, wanted = first(module(*args, **kwargs), calls[index].module), targets[index]
         difference = unpadded(batches[index], given) - unpadded(batches[index], wanted)
         return difference.square().sum()
 
-    def whole() -> float:
-        parameters = weights()
-        return sum(float(distance(index, parameters)) for index in calls)
-
-    with evaluating([module]):
+    with evaluating([module]), differentiable(module, parameters.values()):
         energy = sum(float(unpadded(batches[i], t).square().sum()) for i, t in targets.items())
-        plain, before = weights(), whole()
+        place()
+        plain = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        before = sum(float(distance(index)) for index in calls)
         for step in range(epochs * max(map(len, tasks))):
-            optimiser.zero_grad()
             for numbers in tasks:
                 index = numbers[step % len(numbers)]
                 with torch.enable_grad():
                     share = 2 * len(tasks) * max(1, len(targets[index]))
-                    torch.autograd.backward([distance(index, weights()) / share])
+                    torch.autograd.backward([distance(index) / share])
+            # the chain rule is cut at the weights: no graph holds the task vectors
+            for name, parameter in parameters.items():
+                back = parameter.grad
+                given = None if back is None else back * grown[name].task_vectors
+                coefficients[name].grad = given
             optimiser.step()
-        after = whole()
-        if not after < before:  # also where it is not finite
-            return Fitted(plain, before, before, energy)
-        return Fitted(weights(), before, after, energy)
+            place()
+        after = sum(float(distance(index)) for index in calls)
+    if not after < before:  # also where it is not finite
+        return Fitted(plain, before, before, energy)
+    found = {name: parameter.detach() for name, parameter in parameters.items()}
+    return Fitted(found, before, after, energy)
 
 
 def names_of(plan: Plan, place: str, module: nn.Module) -> dict[str, str]:
