@@ -91,6 +91,20 @@ def test_masks_flip_the_entropy_falls_and_the_recipe_makes_what_was_learned(
     assert again.recipe == learned.recipe
 
 
+def test_one_expert_at_coefficient_one_is_that_expert_and_says_what_it_says(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, 1)
+    learner = AdaRank(
+        steps=1, rate=1e-9, mask_rate=1e-9, start=1.0, learn_from="expert",
+        folder=str(tmp_path / "out"),
+    )  # fmt: skip
+    learned = learner.learn(recipe, material(1))
+    assert learned.trials[0].score == pytest.approx(0.0, abs=1e-6)
+    assert "expert loss" in learned.recipe.notes[-1]
+    merged = dict(merge_tensors(make_plan(learned.recipe)))
+    for name, tensor in merge_tensors(make_plan(recipe)):
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_an_order_of_experts_is_no_matter(tmp_path: Path) -> None:
     recipe, given = recipe_of(tmp_path, 2), material(2)
     learner = AdaRank(steps=10, rate=0.02, mask_rate=0.05, folder=str(tmp_path / "out"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -69,16 +69,17 @@ class CoefficientLearner(Learner):
         merge = LearnedMerge(
             begun, material.factory(), per=self.per, adjustment=self.adjustment(recipe)
         )
+        aim = self.aimed()
         said = targets(
-            self.aim, material.tasks, merge.plan, material.factory, temperature=how.temperature
+            aim, material.tasks, merge.plan, material.factory, temperature=how.temperature
         )
         lessons, beside = self.lessons(merge, material.tasks)
-        losses = descend(merge, lessons, said, self.aim, how, beside=beside, on_step=on_step)
+        losses = descend(merge, lessons, said, aim, how, beside=beside, on_step=on_step)
         window = max(1, min(len(losses) // 10, 20))
         first, last = (sum(part) / window for part in (losses[:window], losses[-window:]))
         learned = merge.coefficients.detach()
         note = (
-            f"{name}: {self.aim} loss {first:.4g} at the start and {last:.4g} at the end of "
+            f"{name}: {aim} loss {first:.4g} at the start and {last:.4g} at the end of "
             f"{len(losses)} steps, on the inputs that chose; {learned.numel()} coefficients from "
             f"{float(learned.min()):.3f} to {float(learned.max()):.3f}."
         )
@@ -87,6 +88,10 @@ class CoefficientLearner(Learner):
         result = found.model_copy(update={"notes": (*found.notes, note)})
         trials = (Trial(begun, -first, kept=False), Trial(result, -last, kept=True))
         return Learned(result, -last, trials)
+
+    def aimed(self) -> Aim:
+        """Return what is learned from: `aim`, unless a field says otherwise."""
+        return self.aim
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that cannot be learned on; any can unless overridden."""
@@ -112,6 +117,12 @@ class CoefficientLearner(Learner):
 class AdjustingLearner(CoefficientLearner):
     """A learner of the experts themselves, by an `Adjustment`; it writes them adjusted."""
 
+    aim: ClassVar[Aim] = "entropy"
+
+    learn_from: Literal["entropy", "expert", "ensemble"] = "entropy"
+    """The merged model's own certainty, as in the papers, or KL to what each task's expert, or all
+    of them together, say. With few inputs certainty is soon had for wrong answers."""
+
     folder: str = ""
     """Where the adjusted experts are written, one task vector of the model's size each; has to be
     given. Their names tell what was learned, so that settings share a folder."""
@@ -123,6 +134,10 @@ class AdjustingLearner(CoefficientLearner):
     @abstractmethod
     def told(self, merge: LearnedMerge) -> str:
         """Return what to say of the adjustment, in a sentence."""
+
+    def aimed(self) -> Aim:
+        """Return `learn_from`."""
+        return self.learn_from
 
     def check(self, recipe: Recipe) -> None:
         """Require a base and a folder.

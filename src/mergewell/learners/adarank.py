@@ -14,7 +14,6 @@ from mergewell.descent.adjustment import Adjustment, with_task_vectors
 from mergewell.descent.learner import AdjustingLearner
 from mergewell.descent.merge import LearnedMerge
 from mergewell.descent.steps import Descent
-from mergewell.descent.tasks import Aim
 from mergewell.matrices import is_matrix
 from mergewell.recipe import Recipe
 from mergewell.statistics.ops import rows_of
@@ -74,16 +73,16 @@ class AdaRank(AdjustingLearner):
     to unlabelled inputs of every task. The result is a recipe of the pruned experts.
 
     Paper: Lee et al. 2026, "AdaRank", arXiv:2503.22178, section 4, with its released code.
-    Departures: only task arithmetic's origin, the base (the paper also prunes about the average,
-    CART, and Iso-CTS: `method` merges the pruned experts by another way); kernels of convolutions
-    are folded to matrices; every matrix is pruned, not only those of attention and MLPs. Adam's
-    steps are of the size of the rate and masks start 0.1 from the threshold: take steps times rate
-    well above 0.1. All decompositions are in memory.
+    Departures: task vectors are those from the recipe's base; for the paper's form about the
+    average (CART) merge that first and name it as the base. Other ways of merging the pruned
+    experts, Iso-CTS in the paper, are `method`. Kernels of convolutions are folded to matrices;
+    every matrix is pruned, not only those of attention and MLPs. Adam's steps are of the size of
+    the rate and masks start 0.1 from the threshold: take steps times mask_rate well above 0.1.
+    `learn_from` may be the experts' answers, which is ours. All decompositions are held.
     """
 
     paper: ClassVar[str] = "arXiv:2503.22178"
     data: ClassVar[str] = "unlabelled"
-    aim: ClassVar[Aim] = "entropy"
 
     steps: Annotated[int, Field(ge=1)] = 10_000
     """Steps, each on one batch of every task."""

@@ -12,7 +12,6 @@ from mergewell.descent.adjustment import Adjustment, with_task_vectors
 from mergewell.descent.learner import AdjustingLearner
 from mergewell.descent.merge import LearnedMerge, Per
 from mergewell.descent.steps import Descent
-from mergewell.descent.tasks import Aim
 from mergewell.recipe import Recipe
 from mergewell.tensor_group import TensorGroup, random_key
 
@@ -67,13 +66,13 @@ class Concrete(AdjustingLearner):
 
     Paper: Tang et al. 2023, "Concrete subspace learning", arXiv:2312.06173, algorithm 1.
     Departures: the mask that is kept is the median one, u = 1/2; FusionBench keeps one more random
-    draw. AdaMerging follows and is not nested in the mask's steps. The logits, as many as one
-    model's weights, and Adam's two moments of them are held.
+    draw. AdaMerging follows and is not nested in the mask's steps. `learn_from` may be the experts'
+    answers, which is ours. The logits, as many as one model's weights, and Adam's two moments of
+    them are held.
     """
 
     paper: ClassVar[str] = "arXiv:2312.06173"
     data: ClassVar[str] = "unlabelled"
-    aim: ClassVar[Aim] = "entropy"
 
     per: Per = "task"
     """The coefficients do not move; these are the experts' own."""
