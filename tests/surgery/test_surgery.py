@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from families import factory, tiny_family
 from torch import nn
 
+from mergewell.cli.main import main
 from mergewell.descent.tasks import LearningTask
 from mergewell.distil.outputs import first, seeing, with_first
 from mergewell.errors import CheckpointError, DataError, ModelError, OutputError, RecipeError
@@ -247,3 +251,28 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
         load_corrected(tmp_path / "merged", path, "mnist", factory)
     with pytest.raises(ModelError, match="has no module 'neck'"):
         Corrected(factory(), {"neck": started(3, 1, torch.Generator())})
+
+
+def test_from_the_command_line_to_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = deep_family(tmp_path, 2), tasks(2)
+    nets = ModuleType("nets_of_this_test")
+    nets.deep = deep  # pyright: ignore
+    monkeypatch.setitem(sys.modules, nets.__name__, nets)
+    given = ["--base", str(recipe.base), "--model-factory", "nets_of_this_test:deep"]
+    for task, expert in zip(data, recipe.experts, strict=True):
+        inputs = tmp_path / f"{Path(expert.path).stem}.npz"
+        np.savez(inputs, x=torch.cat([*task.batches]).numpy())
+        given += ["--expert", expert.path, "--data", str(inputs)]
+    out, folder = tmp_path / "recipe.yaml", tmp_path / "c"
+    settings = ["--set", f"folder={folder}", "--set", "steps=5", "--set", "rank=2"]
+    assert main(["learn", "surgery", *given, *settings, "--out", str(out)]) == 0
+    assert "has to know the task" in capsys.readouterr().err
+    merged = tmp_path / "merged"
+    assert main(["merge", str(out), "--out", str(merged)]) == 0
+    corrected = load_corrected(merged, companion(folder), "0", deep)
+    assert corrected(torch.zeros(1, 4)).shape == (1, 6)
+    restore = ["restore", str(merged), "--companion", str(companion(folder)), "--expert", "0"]
+    assert main([*restore, "--out", str(tmp_path / "back")]) == 2
+    assert "make the module of a task with" in capsys.readouterr().err

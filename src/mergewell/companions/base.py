@@ -224,6 +224,11 @@ def open_companion(path: str | Path) -> Checkpoint:
         CheckpointError: it is none.
     """
     masks = open_checkpoint(path)
+    if masks.metadata.get("format", "").startswith("mergewell.surgery"):
+        raise CheckpointError(
+            f"{path} corrects what a network gives and restores no weights; make the module of a "
+            "task with mergewell.surgery.companion.load_corrected."
+        )
     if not masks.metadata.get("format", "").startswith("mergewell.companion"):
         raise CheckpointError(f"{path} is no companion; write one with `merge --companion`.")
     return masks
