@@ -43,6 +43,10 @@ class DfMerge(Learner):
     steps: Annotated[int, Field(ge=0)] = 50
     """Points that the search names."""
 
+    bound: Annotated[float, Field(gt=0)] = 1.0
+    """Largest coefficient. K times a weight that may be wholly one expert's is far: 1 is the
+    paper's, and too far for experts whose sum of task vectors is."""
+
     samples: Annotated[int, Field(ge=1)] = 30
     """Samples of each task for the Fisher information, its first ones."""
 
@@ -65,7 +69,8 @@ class DfMerge(Learner):
         fisher = DynamicFisher(merge, material.tasks, self.samples, recipe.seed)
         trials: list[Trial] = []
 
-        def judge(point: Tensor) -> float:
+        def judge(share: Tensor) -> float:
+            point = self.bound * share
             fisher.place(point)
             score = metric(merge.module)
             trials.append(Trial(_at(begun, point), score, kept=False))
@@ -82,7 +87,7 @@ class DfMerge(Learner):
             seed=recipe.seed,
         )
         best = max(range(len(tried)), key=lambda place: tried[place][1])
-        point, score = tried[best]
+        point, score = self.bound * tried[best][0], tried[best][1]
         named = written_name(self.component_name(), [point])
         total = fisher.total(point)
         paths = [
