@@ -72,7 +72,11 @@ def check(
     )
     asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
     answers = [(one, one.measure(evidence)) for one in asked]
-    objections = {one.component_name(): one.objection(evidence) for one in asked}
+    unanswered = {
+        one.component_name(): one.objection(evidence) or one.asks
+        for one, finding in answers
+        if finding is None
+    }
     findings = [finding for _, finding in answers if finding is not None]
     deciding = [finding for one, finding in answers if finding is not None and one.decides]
     return Check(
@@ -91,7 +95,7 @@ def check(
             for one, finding in answers
             if finding is not None
         ),
-        unanswered={name: why for name, why in objections.items() if why},
+        unanswered={name: why for name, why in unanswered.items() if why},
         unmeasured=dict(evidence.unmeasured),
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
     )

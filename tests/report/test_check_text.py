@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from mergewell.report.check_text import show_check
+from mergewell.report.findings import left_open
 from mergewell.report.results import Check, validated
 
 
@@ -92,3 +93,13 @@ def test_a_check_of_weights_alone_is_printed(example: dict[str, Any]) -> None:
     example["check"] |= {"layers": [], "samples": None, "mode": None, "uncovered": []}
     text = printed(validated(Check, example["check"], where="x"))
     assert "--data" in text and "M-Loss by layer" not in text
+
+
+def test_what_was_not_answered_is_told_with_what_it_asks_for() -> None:
+    check = Check(
+        base="b", experts=("x",), verdict="v",
+        unanswered={"barrier": "Asks for logits.", "cka": "Asks for data.", "b": "Asks for data."},
+    )  # fmt: skip
+    assert left_open(check) == [("barrier", "Asks for logits."), ("cka, b", "Asks for data.")]
+    text = printed(check)
+    assert "Not answered" in text and "cka, b" in text and "Asks for logits." in text

@@ -26,6 +26,10 @@ class Barrier(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = (
+        "Asks for logits and forward passes along a line: `mergewell.models.barrier.measure_path` "
+        "makes its evidence, in Python."
+    )
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the highest of the barriers as the value."""

@@ -133,6 +133,9 @@ class Diagnostic(Component):
     decides: ClassVar[bool] = True
     """False where the number is known to be a weak predictor, so that the verdict passes it by."""
 
+    asks: ClassVar[str] = ""
+    """What it asks for beside weights and where that comes from, a sentence; empty for weights."""
+
     @abstractmethod
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the answer, or None when the evidence for it was not gathered or is too little."""

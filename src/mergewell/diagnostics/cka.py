@@ -27,6 +27,7 @@ class Cka(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = "Asks for inputs (`--data`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the median over blocks of the experts' mean CKA with the merge as the value."""

@@ -24,6 +24,10 @@ class CrossTaskAccuracy(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = (
+        "Asks for every expert's accuracy on every task: `mergewell evaluate` measures it, with "
+        "labels."
+    )
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the mean retention on others' tasks as the value."""

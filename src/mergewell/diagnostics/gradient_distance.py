@@ -31,6 +31,10 @@ class GradientDistance(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = (
+        "Asks for gradients of every task at one model: "
+        "`mergewell.models.gradients.gradient_products` makes its evidence, in Python."
+    )
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the relative distance at the last point given as the value."""

@@ -28,6 +28,7 @@ class LinearConnectivity(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = "Asks for inputs (`--data`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the median cosine over blocks as the value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
+from typing import ClassVar
 
 from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, Level, level_of
 
@@ -20,6 +21,8 @@ class MLoss(Diagnostic):
     Departures: relative, so that layers can be compared; the levels are reading aids and were not
     fitted to measured merges.
     """
+
+    asks: ClassVar[str] = "Asks for inputs (`--data`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the median over layers as the value; None without data.

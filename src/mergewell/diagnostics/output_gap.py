@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from mergewell.diagnostics.base import Diagnostic, Evidence, Finding, level_of
@@ -19,6 +21,8 @@ class OutputGap(Diagnostic):
     Departures: at the network's end only; the ensemble is that of the outputs, hence of the logits
     and not of the probabilities; the levels are reading aids, not fitted to merges.
     """
+
+    asks: ClassVar[str] = "Asks for inputs (`--data`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the gap as the value; None where nothing was run."""

@@ -26,6 +26,7 @@ class RepresentationBias(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = "Asks for inputs (`--data`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the mean over experts at the last block as the value."""

@@ -27,6 +27,7 @@ class SubspaceAlignment(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = "Asks for decomposed matrices (`--deep`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the mean over experts and matrices as the value."""

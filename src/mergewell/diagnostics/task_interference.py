@@ -23,6 +23,7 @@ class TaskInterference(Diagnostic):
     """
 
     decides: ClassVar[bool] = False
+    asks: ClassVar[str] = "Asks for decomposed matrices (`--deep`)."
 
     def measure(self, evidence: Evidence) -> Finding | None:
         """Return the mean quotient over matrices as the value."""

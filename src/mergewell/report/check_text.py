@@ -60,6 +60,13 @@ def show_check(check: Check, console: Console) -> None:
         page.head(f"Other predictors, {findings.COMPARED}")
         page.grid((page.level(o.level), page.answer(o), page.number(o), "") for o in others)
     page.trends(check)
+    if check.unanswered:
+        page.head("Not answered")
+        rows = (
+            (page.text(name), page.text(why, "dim"), "", "")
+            for name, why in findings.left_open(check)
+        )
+        page.grid(rows)
     if check.uncovered:
         page.head(f"Not covered by M-Loss: {counted(len(check.uncovered), 'module')}, by reason")
         page.uncovered(check)

@@ -153,3 +153,11 @@ def _along(values: Mapping[str, float]) -> bool:
 def _natural(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", name)
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def left_open(check: Check) -> list[tuple[str, str]]:
+    """Return what was not answered, questions of one reason together, and the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in check.unanswered.items():
+        reasons.setdefault(why, []).append(name)
+    return [(", ".join(names), why) for why, names in reasons.items()]

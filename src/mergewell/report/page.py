@@ -71,6 +71,7 @@ def _told(results: Results) -> dict[str, Any]:
         "node_sentence": story.node_sentence(results.units),
         "cosine_sentence": story.cosine_sentence(results),
         "uncovered": _uncovered(check) if check else {},
+        "left_open": findings.left_open(check) if check else [],
         "mode": story.MODE_WORDS.get(check.mode, check.mode) if check and check.mode else "",
         "samples": f"{samples:,}" if samples else "",
         "figures_of_check": _scalars(check) if check else {},

@@ -130,7 +130,7 @@ class Check(Record):
     uncovered: tuple[str, ...] = ()
     uncovered_reasons: dict[str, str] = {}
     unanswered: dict[str, str] = {}
-    """Questions whose evidence was gathered but is too little, by diagnostic, and why."""
+    """Questions without an answer, by diagnostic: what they ask for, or why it is too little."""
     unmeasured: dict[str, str] = {}
     """Tensors that a decomposition left out, and why."""
     findings: tuple[Finding, ...] = ()
