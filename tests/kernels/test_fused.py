@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     *(("sce", {"density": 0.2, "scale": 0.7}, k) for k in (1, 3, 5)),
     *(("sce", {"density": d, "scale": 0.7}, k) for d, k in ((1.0, 2), (0.5, 4))),
     ("slerp", {"t": 0.3}, 2),
+    *(("model_stock", {}, k) for k in (1, 3, 5)),
 ]  # fmt: skip
 
 
@@ -222,10 +223,11 @@ def test_fused_energy_is_the_torch_energy(density: float, dtype: torch.dtype) ->
         assert_same_selection(value, expected)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3])
-def test_fused_inner_products_agree_to_rounding(experts: int) -> None:
+@pytest.mark.parametrize("of", ["experts", "task_vectors"])
+@pytest.mark.parametrize("experts", [1, 2, 3, 5])
+def test_fused_inner_products_agree_to_rounding(experts: int, of: Any) -> None:
     tensors = models(torch.bfloat16, experts)
-    statistic = InnerProducts(of="experts")
+    statistic = InnerProducts(of=of)
     values, _ = carried_out(statistic, {"layer.weight": tensors}, CHUNK)
     expected = statistic.measure([group(tensors)])["layer.weight"]["products"]
     found = values["layer.weight"]["products"]
@@ -368,6 +370,35 @@ def test_fused_ranks_are_the_torch_ranks(
             break
     found = torch.cat(parts)
     assert torch.equal(found, expected.flatten()[: found.numel()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_rows_are_pulled_as_the_torch_form_does(experts: int, dtype: torch.dtype) -> None:
+    rows, length = 111, 700
+    generator = torch.Generator().manual_seed(experts)
+    base = torch.randn(rows, length, generator=generator)
+    shared = torch.randn(rows, length, generator=generator) / 50
+    steps = shared + torch.randn(experts, rows, length, generator=generator) / 40
+    steps[:, 5] = 0
+    base[6], steps[:, 6] = 0, 1
+    steps[0, 6] = -1  # of two experts, one is the other's opposite
+    tensors = [base.to(dtype), *((base + step).to(dtype) for step in steps)]
+    method = METHODS.build("model_stock", {"scope": "row"})
+    expected = method.merge(group(tensors)).to(dtype).flatten()
+    for first, last in ((0, 50), (50, rows)):
+        own, *others = (tensor[first:last] for tensor in tensors)
+        block = kernels.raw_block(
+            "layer.weight", others, own, coefficients=[0.25] * experts, seed=3,
+            offset=first * length, numel=rows * length, statistics={}, row=length,
+        )  # fmt: skip
+        assert block is not None
+        merged = kernels.merge(method, block)
+        assert merged is not None, "no fused form"
+        assert merged.finite
+        assert merged.changed
+        found = kernels.as_tensor(merged.out)
+        assert torch.equal(found, expected[first * length : last * length])
 
 
 @pytest.mark.parametrize(

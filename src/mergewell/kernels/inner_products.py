@@ -1,11 +1,11 @@
-"""The fused form of `InnerProducts`, for two experts."""
+"""The fused form of `InnerProducts`."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from mergewell.kernels import ops
+from mergewell.kernels import ops, product_ops
 from mergewell.kernels.base import Program, RawBlock
 from mergewell.statistics.base import State
 from mergewell.statistics.inner_products import InnerProducts
@@ -13,8 +13,8 @@ from mergewell.tensor_group import CHUNK
 
 
 def program(statistic: InnerProducts) -> Program | None:
-    """Return the fused form, where it is between two or more experts."""
-    return _Products(statistic) if statistic.of == "experts" else None
+    """Return the fused form."""
+    return _Products(statistic) if statistic.of == "experts" else _TaskProducts(statistic)
 
 
 class _Products(Program):
@@ -32,4 +32,17 @@ class _Products(Program):
                 ops.products(experts[j], left, CHUNK, parts)
                 rows[:, j, j], rows[:, i, i] = parts[:, 0], parts[:, 2]
                 rows[:, i, j] = rows[:, j, i] = parts[:, 1]
+        return {f"{block.name}:products": torch.from_numpy(partial)}
+
+
+class _TaskProducts(Program):
+    """Partial sums of all pairs of task vectors in one pass."""
+
+    def update(self, done: State, block: RawBlock, index: int) -> State:
+        """Return this block's partial sums at the places of its chunks, [C, K, K]."""
+        del done, index
+        assert block.base is not None
+        first, count = block.offset // CHUNK, len(block.experts)
+        partial = np.zeros((-(-block.numel // CHUNK), count, count))
+        product_ops.chunk_products(block.base, block.addresses, CHUNK, partial[first:])
         return {f"{block.name}:products": torch.from_numpy(partial)}
