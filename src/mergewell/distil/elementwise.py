@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from mergewell.distil.outputs import first, unpadded
+from mergewell.distil.outputs import first, fresh, unpadded
 from mergewell.guidance import parameter_name
 from mergewell.models.dataflow import Batch, evaluating
 from mergewell.models.gradients import differentiable
@@ -78,8 +77,7 @@ def fit(
             parameter.grad = None
 
     def distance(index: int) -> Tensor:
-        # a module may write into what it is given
-        args, kwargs = tree_map_only(Tensor, torch.clone, (calls[index].args, calls[index].kwargs))
+        args, kwargs = fresh(calls[index])
         given, wanted = first(module(*args, **kwargs), calls[index].module), targets[index]
         difference = unpadded(batches[index], given) - unpadded(batches[index], wanted)
         return difference.square().sum()

@@ -9,12 +9,14 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from mergewell.calibration.data import kept
 from mergewell.errors import ModelError
 from mergewell.models.dataflow import Batch
+from mergewell.models.walk import Call
 
 
 def first(output: object, place: str) -> Tensor:
@@ -35,6 +37,11 @@ def with_first(output: object, tensor: Tensor) -> Any:
     number = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     leaves[number] = tensor
     return tree_unflatten(leaves, spec)
+
+
+def fresh(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a waiting call, copied: a module may write into what it is given."""
+    return tree_map_only(Tensor, torch.clone, (call.args, call.kwargs))
 
 
 def unpadded(batch: Batch, hidden: Tensor) -> Tensor:

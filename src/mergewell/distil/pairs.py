@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mergewell.calibration.data import Data, Memory
 from mergewell.calibration.models import MERGED, expert_names, skeletons
-from mergewell.distil.outputs import first
+from mergewell.distil.outputs import first, fresh
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import DataError, ModelError, RecipeError
 from mergewell.models.dataflow import evaluating
@@ -121,4 +121,5 @@ class _Teachers:
 def _fetch(skeleton: Skeleton, part: nn.Module, request: Call) -> None:
     """Have the weights there that a module uses without owning them."""
     with Fetching(skeleton, skeleton.keep):
-        part(*request.args, **request.kwargs)
+        args, kwargs = fresh(request)
+        part(*args, **kwargs)
