@@ -20,6 +20,7 @@ from mergewell.plan import make_plan
 from mergewell.run import merge_tensors
 from mergewell.statistics.base import State, WeightStatistic, joined
 from mergewell.statistics.inner_products import InnerProducts
+from mergewell.statistics.kept_norm import KeptNorm
 from mergewell.statistics.magnitude import MagnitudeThreshold
 from mergewell.statistics.selected_energy import SelectedEnergy
 from mergewell.tensor_group import CHUNK, TensorGroup
@@ -44,7 +45,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     *(("ties", {"density": 0.3, "votes": v}, k) for v in ("plain", "weighted") for k in (1, 4, 5)),
     *(
         ("dare", {"density": 0.3, "combine": c, "rescale": r}, 3)
-        for c, r in itertools.product(("sum", "agreeing"), ("density", "none"))
+        for c, r in itertools.product(("sum", "agreeing"), ("density", "norm", "none"))
     ),
     ("dare", {"density": 1.0}, 2),
     *(
@@ -221,6 +222,15 @@ def test_fused_energy_is_the_torch_energy(density: float, dtype: torch.dtype) ->
     torch.testing.assert_close(value["energy"], expected["energy"], rtol=1e-12, atol=0)
     if density < 1:
         assert_same_selection(value, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_norms_are_the_torch_norms(dtype: torch.dtype) -> None:
+    tensors, statistic = models(dtype, 3), KeptNorm(density=(0.2, 0.7, 1.0))
+    values, _ = carried_out(statistic, {"layer.weight": tensors}, CHUNK)
+    expected = statistic.measure([group(tensors)])["layer.weight"]
+    for name in ("whole", "kept"):
+        torch.testing.assert_close(values["layer.weight"][name], expected[name], rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("of", ["experts", "task_vectors"])

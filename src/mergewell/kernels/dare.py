@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from mergewell.kernels import random_ops
 from mergewell.kernels.base import Fused, RawBlock
-from mergewell.kernels.options import combination
+from mergewell.kernels.options import combination, draws
 from mergewell.methods.base import for_each
 from mergewell.methods.dare import Dare
-from mergewell.tensor_group import random_key
+from mergewell.methods.ops import restore_norms
 
 
 def merge(method: Dare, block: RawBlock) -> Fused | None:
     """Return the base plus the scaled combination of the thinned task vectors."""
-    base = block.base
-    if base is None or method.rescale == "norm":
+    base, statistics = block.base, method.statistics()
+    if base is None or any(statistic not in block.statistics for statistic in statistics):
         return None
     densities = np.array(for_each(method.density, len(block.experts)), np.float64)
-    keys = np.array([random_key(block.seed, block.name, k) for k in range(len(densities))])
-    # an integer number is below the limit just where number / 2^24 is below the density
-    limits = np.ceil(densities * (1 << 24)).astype(np.int32)
+    keys, limits = draws(block, [float(density) for density in densities])
     factors = 1 / densities if method.rescale == "density" else np.ones_like(densities)
+    if statistics:
+        ones = list(torch.from_numpy(np.ones_like(block.coefficients)))
+        norms = block.statistics[statistics[0]]
+        factors = torch.stack(restore_norms(ones, norms)).numpy()
     out = np.empty_like(base)
     tally = random_ops.drop_and_combine(
         base, block.addresses, block.offset, keys, limits, factors.astype(block.computed),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mergewell.kernels.base import RawBlock
 from mergewell.methods.ops import SparseMerge
-from mergewell.tensor_group import CHUNK, Value
+from mergewell.tensor_group import CHUNK, Value, random_key
 
 _DIVIDE = {"none": 0, "count": 1, "coefficients": 2}
 
@@ -18,6 +20,15 @@ def combination(method: SparseMerge, experts: int) -> tuple[bool, bool, bool, in
     usual = 1 if agreeing else 0
     divide = usual if method.divide == "usual" else _DIVIDE[method.divide]
     return agreeing, method.elect == "count", method.votes == "weighted", divide, experts
+
+
+def draws(
+    block: RawBlock, densities: Sequence[float]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return the keys of the experts' random numbers, [K], and below which of 2^24 they keep."""
+    keys = np.array([random_key(block.seed, block.name, k) for k in range(len(densities))])
+    # an integer number is below the limit just where number / 2^24 is below the density
+    return keys, np.ceil(np.array(densities, np.float64) * (1 << 24)).astype(np.int32)
 
 
 def chunks_of(block: RawBlock) -> int:

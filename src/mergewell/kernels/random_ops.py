@@ -114,3 +114,35 @@ def drop_and_combine(
             fold(lanes, sums)
     fold(lanes, sums)
     return tallied(marks, sums)
+
+
+@fused
+def kept_sizes(base, experts, position, keys, limits, chunk, like, sums):
+    """Put the L1 norms over each chunk into sums: of task vectors and of what is drawn of them.
+
+    sums: float64 [n / chunk, 2 K], the whole ones first; position, keys, limits: see
+    `drop_and_combine`; like: an array of the dtype to compute in.
+    """
+    steps, pairs = steps_of(STEP // 2 + 1), np.zeros(STEP // 2 + 1, np.int64)
+    sizes, wide = np.empty(STEP, like.dtype), np.zeros((2, LANES), np.float64)
+    whole, kept, count = wide[0], wide[1], experts.size
+    for begin in range(0, base.size, chunk):
+        end = min(begin + chunk, base.size)
+        for k in range(count):
+            below = np.int32(limits[k])
+            wide[:] = 0
+            for start in range(begin, end, STEP):
+                stop = min(start + STEP, end)
+                own, expert = base[start:stop], part_of(experts, k, start, stop, base)
+                draw(position + start, keys[k], own.size, steps, pairs)
+                numbers = of_pairs(pairs, position + start, own.size)
+                for i in range(own.size):
+                    sizes[i] = abs(load(expert, i) - load(own, i))
+                for first in range(0, own.size, LANES):
+                    size, number = sizes[first : min(first + LANES, own.size)], numbers[first:]
+                    for i in range(size.size):
+                        taken = np.int32(number[i] >> np.uint32(8)) < below
+                        whole[i] += np.float64(size[i])
+                        kept[i] += np.float64(size[i]) if taken else np.float64(0)
+            sums[begin // chunk, k] = whole.sum()
+            sums[begin // chunk, count + k] = kept.sum()
