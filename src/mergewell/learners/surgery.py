@@ -15,7 +15,8 @@ class Surgery(SurgeryLearner):
 
     Behind the features z of the merged model goes z - U_t relu(D_t z), trained on unlabelled inputs
     of task t until it is near to what expert t gives there (mean L1 distance). The merge itself
-    stays as it is. `mergewell.surgery.companion.load_corrected` makes the module of one task.
+    stays as it is. `mergewell.surgery.companion.load_corrected` makes the module of one task. A few
+    inputs are learned by heart, however near the note says the features are: judge it on others.
 
     Paper: Yang et al. 2024, "Representation Surgery for Multi-Task Model Merging",
     arXiv:2402.02705, section 4. Departures: the paper trains on the inputs that it is tested on;
