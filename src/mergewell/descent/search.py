@@ -31,7 +31,7 @@ def evolve(
     """Return the points that were tried for the smallest judgement, in order, from `start` on.
 
     A (1+1) evolution strategy: a normal step from the best point, cut to [low, high]; the step
-    grows where it succeeds and shrinks where it fails, from a fifth of the range.
+    grows where it succeeds and shrinks where it fails, from a length of a fifth of the range.
 
     Source: Rechenberg's one-fifth rule in the form of Kern et al. 2004 (doi
     10.1023/B:NACO.0000023416.59689.4e), section 3.
@@ -39,7 +39,7 @@ def evolve(
     generator = torch.Generator().manual_seed(seed)
     best, value = start.clone(), judge(start)
     tried = [(best, value)]
-    step = (high - low) / 5
+    step = (high - low) / (5 * math.sqrt(len(start)))
     for _ in range(budget - 1):
         drawn = torch.randn(start.shape, generator=generator, dtype=torch.float64)
         point = (best + step * drawn).clamp(low, high)
