@@ -32,8 +32,10 @@ from torch.nn import functional
 
 from mergewell.alignment.align import Aligned, aligned
 from mergewell.alignment.weights import distance
+from mergewell.alignment.zipit import zipped
 from mergewell.labelled import LabelledInputs, cut
 from mergewell.models.barrier import measure_path, score
+from mergewell.models.batch_norm import reestimate
 from mergewell.models.dataflow import call, evaluating
 from mergewell.models.ensemble import simplex
 from mergewell.models.repair import repair
@@ -41,6 +43,7 @@ from mergewell.models.repair import repair
 TASKS = ("mnist", "fashion_mnist")
 SEEDS = (0, 1, 2)
 ALIGNMENTS = ("none", "weights", "activations")
+WAYS = (*ALIGNMENTS, "zipit")
 SIZE, BATCH, STEPS, LEARNING_RATE = 16, 100, 450, 2e-3
 HELD_OUT = 500  # training images for activations and repair
 POINTS = 11
@@ -172,6 +175,33 @@ def pair_rows(one: nn.Module, two: nn.Module, data: Mapping[str, Tensor], seed: 
                     **_how(done, one, moved), "seconds": round(seconds, 2),
                 }
             )  # fmt: skip
+    return [*rows, *zipit_rows(one, two, few, test, rows[0])]
+
+
+def zipit_rows(
+    one: nn.Module, two: nn.Module, few: list[Tensor], test: LabelledInputs, like: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of the pair merged by ZipIt; what is known of its ends comes from another row."""
+    merged, began = copy.deepcopy(two), time.process_time()
+    done = zipped(one, merged, few)
+    seconds = round(time.process_time() - began, 2)
+    ends = like["loss"] - like["loss_barrier"], like["accuracy"] + like["accuracy_barrier"]
+    rows: list[dict[str, Any]] = []
+    for label in ("raw", "repaired"):
+        if label == "repaired":
+            if not any("running_mean" in name for name in merged.state_dict()):
+                break
+            reestimate(merged, few)
+        loss, accuracy = judged(merged, test)
+        rows.append(
+            {
+                **dict.fromkeys(like, ""), "alignment": "zipit", "repair": label,
+                "accuracy": accuracy, "loss": loss, "loss_barrier": loss - ends[0],
+                "accuracy_barrier": ends[1] - accuracy, "ends_accuracy": ends[1],
+                "ensemble_accuracy": like["ensemble_accuracy"], "moved": done.within,
+                "seconds": seconds,
+            }
+        )  # fmt: skip
     return rows
 
 
@@ -199,13 +229,14 @@ def study_of(folder: Path, task: str, net: str) -> list[dict[str, Any]]:
 def study(folder: Path, nets: Sequence[str], workers: int, out: Path) -> list[dict[str, Any]]:
     """All rows; a file that was begun is gone on with."""
     rows = read(out) if out.is_file() else []
-    known = {(row["task"], row["net"]) for row in rows}
+    known = {(row["task"], row["net"]) for row in rows if row["alignment"] == WAYS[-1]}
+    rows = [row for row in rows if (row["task"], row["net"]) in known]
     jobs = [(task, net) for task in TASKS for net in nets]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         running = [pool.submit(study_of, folder, *job) for job in jobs if job not in known]
         for done in as_completed(running):
             rows += done.result()
-            order = [*TASKS, *NETS, *ALIGNMENTS]
+            order = [*TASKS, *NETS]
             rows.sort(key=lambda r: [order.index(r["task"]), order.index(r["net"]), r["seed"]])
             write(rows, out)
     return rows
@@ -231,7 +262,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]], key: str, scale: float, digits: int) -> str:
     """A table of means over the seeds, with the smallest and largest."""
-    columns = [(way, label) for label in ("raw", "repaired") for way in ALIGNMENTS]
+    columns = [(way, label) for label in ("raw", "repaired") for way in WAYS]
     lines = [
         "| task | net | " + " | ".join(f"{way}, {label}" for way, label in columns) + " |",
         "|---|---|" + "---|" * len(columns),
@@ -244,6 +275,9 @@ def table(rows: Sequence[Mapping[str, Any]], key: str, scale: float, digits: int
                 if (row["task"], row["net"], row["alignment"], row["repair"])
                 == (task, net, way, label)
             ]  # fmt: skip
+            if not held:
+                cells.append("–")
+                continue
             low, high = min(held), max(held)
             cells.append(f"{fmean(held):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})")
         lines.append(f"| {task} | {net} | " + " | ".join(cells) + " |")
@@ -254,14 +288,15 @@ def how_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Ends, ensemble and what the alignments did, means over the seeds."""
     lines = [
         "| task | net | ends | ensemble | distance | by weights | by activations "
-        "| moved (w, a) | s (w, a) | line barrier (none, w, a) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| moved (w, a) | within one (zipit) | s (w, a, zipit) | line barrier (none, w, a) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, net in dict.fromkeys((row["task"], row["net"]) for row in rows):
         own = [r for r in rows if (r["task"], r["net"], r["repair"]) == (task, net, "raw")]
 
         def mean(key: str, way: str, own: Sequence[Mapping[str, Any]] = own) -> float:
-            return fmean(row[key] for row in own if row["alignment"] == way)
+            held = [row[key] for row in own if row["alignment"] == way]
+            return fmean(held) if held else float("nan")  # a file from before zipit
 
         ways = ALIGNMENTS[1:]
         lines.append(
@@ -269,10 +304,12 @@ def how_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {100 * mean('ensemble_accuracy', 'none'):.1f} | "
             + " | ".join(f"{mean('distance', way):.1f}" for way in ALIGNMENTS)
             + " | " + ", ".join(f"{100 * mean('moved', way):.0f} %" for way in ways)
-            + " | " + ", ".join(f"{mean('seconds', way):.2f}" for way in ways)
+            + f" | {100 * mean('moved', 'zipit'):.0f} %"
+            + " | " + ", ".join(f"{mean('seconds', way):.2f}" for way in (*ways, "zipit"))
             + " | " + ", ".join(f"{mean('line_loss_barrier', way):.2f}" for way in ALIGNMENTS)
             + " |"
         )  # fmt: skip
+        lines[-1] = lines[-1].replace("nan %", "–").replace("nan", "–")
     return "\n".join(lines)
 
 
