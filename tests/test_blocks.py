@@ -58,7 +58,7 @@ def test_blocks_do_not_show(models: tuple[Path, list[Path]], method: dict[str, o
 
 @pytest.mark.parametrize(
     "method",
-    [{"name": "dare", "rescale": "norm"}, {"name": "della", "rescale": "norm"}],
+    [{"name": "ties", "rescale": "norm"}, {"name": "della", "rescale": "norm"}],
     ids=lambda m: str(m["name"]),
 )
 def test_what_no_fused_form_covers_comes_to_the_torch_form_in_pieces(
