@@ -77,14 +77,15 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
     arguments.add_argument("--cache", type=Path, default=Path.home() / ".cache/mergewell/neulig")
     arguments.add_argument("--families", nargs="+", default=list(TASKS), choices=list(TASKS))
+    arguments.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     asked = arguments.parse_args()
     torch.set_num_threads(1)
     makers = {"cnn": images, "transformer": texts, "diverse": strangers}
     for name in asked.families:
-        study(name, makers[name](asked.data, asked.cache), asked.out)
+        study(name, makers[name](asked.data, asked.cache), asked.out, asked.seeds)
 
 
-def study(name: str, family: Family, out: Path) -> None:
+def study(name: str, family: Family, out: Path, seeds: Sequence[int] = SEEDS) -> None:
     """Judge everything on one family."""
     plan = make_plan(family.recipe)
     apart = offsets(plan)
@@ -99,7 +100,7 @@ def study(name: str, family: Family, out: Path) -> None:
             if key not in known:
                 found = Merges(shares[None], torch.zeros(len(tested[place]), dtype=torch.int64))
                 record(out, key, judged(family, place, tested, found), entropy(shares), 1)
-    for seed in SEEDS:
+    for seed in seeds:
         for inputs in INPUTS:
             tasks = family.learning(seed, inputs)
             outputs = embeddings(plan, family.factory, tasks)

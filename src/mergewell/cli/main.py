@@ -153,7 +153,9 @@ def merge(
     companion: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[:K=V]", help="emr or tall_masks: masks in DIR that give experts back."
+            metavar="NAME[:K=V]",
+            help="What gives experts back, in DIR: masks (emr, tall_masks) or low-rank experts "
+            "that inputs are routed to (smile, mass).",
         ),
     ] = None,
     print_recipe: Annotated[
