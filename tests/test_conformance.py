@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from laws import ALWAYS, BREAKERS, UNLESS_SAID, Breaker, Law
+import torch
+from laws import ALWAYS, BREAKERS, UNLESS_SAID, Breaker, Law, group_of
 
 from mergewell.methods.base import METHODS, MergeMethod
 
@@ -63,3 +65,21 @@ def test_opting_out_takes_a_sentence(name: str) -> None:
     for law in UNLESS_SAID:
         sentence = getattr(laws, law.__name__)
         assert not sentence or (sentence.endswith(".") and len(sentence.split()) > 3)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if "scale" in METHODS.get(n).search])
+def test_the_task_vector_is_linear_in_a_searched_scale(name: str) -> None:
+    one, three = (METHODS.build(name, {"scale": scale}) for scale in (1.0, 3.0))
+    for shape in [(7,), (5, 3)]:
+        group = group_of(one, shape, dtype=torch.float64)
+        made = {kind: kind.measure([group])[group.name] for kind in one.statistics()}
+        group = replace(group, statistics=made)
+        base = group.required_base
+        assert torch.allclose(three.merge(group) - base, 3 * (one.merge(group) - base), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_what_is_searched_is_accepted(name: str) -> None:
+    for parameter, values in METHODS.get(name).search.items():
+        for value in values:
+            METHODS.build(name, {parameter: value})

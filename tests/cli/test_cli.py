@@ -50,6 +50,10 @@ FROZEN = {
     "learn": {
         "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json",
     },
+    "tune": {
+        "--base", "--expert", "--data", "--method", "--budget", "--reference", "--outputs",
+        "--samples", "--seed", "--model-factory", "--out", "--json",
+    },
     "extract": {
         "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
     },

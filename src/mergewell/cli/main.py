@@ -13,6 +13,7 @@ from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
 from mergewell.cli.restore import restore
+from mergewell.cli.tune import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -275,6 +276,7 @@ app.command()(explain)
 app.command()(repair)
 app.command()(restore)
 app.command()(learn)
+app.command()(tune)
 app.command()(extract)
 app.command()(align)
 

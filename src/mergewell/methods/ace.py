@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -29,6 +30,10 @@ class Ace(SpectralMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2603.02945"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "threshold": (0.1, 0.3),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         single_expert="Row means are dropped, and the prior P shrinks a single expert too.",
         equal_experts="Row means are dropped, and the prior P shrinks equal experts too.",

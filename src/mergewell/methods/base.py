@@ -108,6 +108,10 @@ class MergeMethod(Component):
     laws: ClassVar[Laws] = Laws()
     paper: ClassVar[str] = ""
 
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values worth trying, by parameter; `scale` may be among them only where the merged task
+    vector is linear in it, so that one merge serves them all. Empty: the defaults alone."""
+
     @abstractmethod
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the merged tensor, of the shape and dtype of the experts'."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -33,6 +33,10 @@ class Bmm(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2605.12843"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "mu": (0.01, 0.1, 1.0),
+        "anchor": ("average", "tsv"),
+    }
     needs: ClassVar[Needs] = needs_by(_needs)
     laws: ClassVar[Laws] = Laws(neutral={"anchor": "average"})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,6 +37,11 @@ class Breadcrumbs(ops.SparseMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2312.06795"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.2, 0.5, 0.9),
+        "gamma": (0.005, 0.01, 0.05),
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    }
     needs: ClassVar[Needs] = needs_by(_needs)
     laws: ClassVar[Laws] = Laws(neutral={**ops.NEUTRAL_SPARSE, "elect": "mass", "gamma": 0.0})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +28,10 @@ class Cabs(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2503.01874"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "n": (32, 64, 128),
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    }
     needs: ClassVar[Needs] = Needs(base=True, granularity="row")
     laws: ClassVar[Laws] = Laws(
         order_free="the first expert chooses first.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ class Cart(TruncatedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2412.12153"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.04, 0.08, 0.16, 0.32),
+    }
     needs: ClassVar[Needs] = Needs(granularity="matrix")
     laws: ClassVar[Laws] = Laws()
 

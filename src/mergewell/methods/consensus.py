@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,11 @@ class Consensus(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2405.07813"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "threshold": (0.2, 0.4, 0.6),
+        "minimum": (1, 2, 3),
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal task vectors add up to K times one; coefficients 1/K average them.",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -33,6 +33,10 @@ class Coram(MatrixMerge):
     """
 
     paper: ClassVar[str] = "Sui et al. 2026, CORAM"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "height": (8, 64),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         equal_experts="What K experts change is amplified by sqrt(K), equal or not.",
         translation="Rotations are about the origin.",

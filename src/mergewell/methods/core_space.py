@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class CoreSpace(LowRankMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2509.17786"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
+    }
     laws: ClassVar[Laws] = Laws(neutral={"of": {"name": "task_arithmetic", "divide": "count",
                                                 "scale": 1.0}, "scale": 1.0})  # fmt: skip
 

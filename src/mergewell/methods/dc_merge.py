@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -28,6 +29,10 @@ class DcMerge(TruncatedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2603.06242"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "keep": (0.1, 0.3),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         single_expert="Few entries are kept, those of one expert in its own basis by chance.",
         equal_experts="The shared directions are spread over the experts' blocks.",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -32,6 +32,11 @@ class Della(ops.SparseMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2406.11617"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.2, 0.5, 0.8),
+        "epsilon": (0.05, 0.15),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     needs: ClassVar[Needs] = Needs(base=True, granularity="row")
     laws: ClassVar[Laws] = Laws(
         order_free="each expert's mask is drawn by its place in the recipe.",

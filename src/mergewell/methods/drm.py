@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class Drm(MatrixMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2505.23117"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.05, 0.2, 0.5),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     laws: ClassVar[Laws] = Laws(neutral={"density": 1.0, "cutoff": 0.0, "scale": 1.0})
 
     along: Literal["outputs", "inputs"] = "outputs"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Esm(TruncatedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.20208"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "expert_power": (1.0, 2.0),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         equal_experts="Only the r / K longest directions of each expert are kept.",
         neutral={"density": 1.0, "input_power": 0.0, "scale": 1.0},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ class Fisher(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2111.09832"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"floor": (1e-10, 1e-06)}
     needs: ClassVar[Needs] = needs_by(
         lambda method: (
             Needs(granularity="row", calibration=("fisher",)) if method.guided else Needs()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class Free(MatrixMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2411.16815"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "cutoff": (0.01, 0.05),
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    }
     laws: ClassVar[Laws] = Laws(neutral={"cutoff": 0.0, "scale": 1.0, "align": False})
 
     scale: float = 0.7

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class IsoC(SpectralMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2502.04959"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6)
+    }
     laws: ClassVar[Laws] = Laws(
         single_expert="The spectrum is flattened, that of a single expert too.",
         equal_experts="The spectrum is flattened, and K equal experts add up to K times one.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Larv(RefinedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.09413"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "of": ({"name": "task_arithmetic", "scale": 0.3}, {"name": "iso_c"}),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws()
 
     gate: Literal["tiers", "smooth"] = "tiers"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -32,6 +32,10 @@ class Lines(ops.SparseMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2410.17146"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "beta": (0.0, 0.25, 0.5, 0.75, 1.0),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         neutral={**ops.NEUTRAL_SPARSE, "elect": "mass", "alpha": 1.0, "beta": 0.0, "layers": 1}
     )

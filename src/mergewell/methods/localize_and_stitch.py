@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class LocalizeAndStitch(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2408.13656"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.01, 0.05, 0.1, 0.2, 0.5),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(neutral={"density": 1.0, "scale": 1.0, "trim_scope": "tensor"})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -25,6 +26,10 @@ class Lot(GramMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2505.23859"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "cutoff": (1e-06, 0.001, 0.01),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     needs: ClassVar[Needs] = needs_by(
         lambda method: (
             Needs(base=True, granularity="matrix", calibration=("gram",))

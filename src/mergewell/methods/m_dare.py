@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class MDare(ops.GuidedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.08564"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.2, 0.5, 0.8),
+        "spread": (0.1, 0.2),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     laws: ClassVar[Laws] = Laws(
         order_free="each expert's mask is drawn by its place in the recipe.",
         neutral={**ops.NEUTRAL_SPARSE, "elect": "mass", "spread": 0.0},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,11 @@ class MTies(ops.GuidedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.08564"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.2, 0.4, 0.8),
+        "spread": (0.1, 0.2),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     laws: ClassVar[Laws] = Laws(neutral={**ops.NEUTRAL_SPARSE, "elect": "mass", "spread": 0.0})
 
     def statistics(self) -> Sequence[MagnitudeThreshold]:

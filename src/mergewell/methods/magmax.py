@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Magmax(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2407.06322"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6)
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(neutral={"scale": 1.0})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -27,6 +28,10 @@ class Mats(GramMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2312.04339"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "alpha": (0.5, 0.9),
+        "steps": (50,),
+    }
     needs: ClassVar[Needs] = needs_by(
         lambda method: Needs(
             base=method.start == "task_arithmetic",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Opcm(SpectralMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2501.09522"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "alpha": (0.3, 0.5, 0.7),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         order_free="Experts come one after another, and each makes way for those before it."
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Orthomerge(MatrixMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.05943"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6)
+    }
     laws: ClassVar[Laws] = Laws(
         translation="Rotations are about the origin.",
         neutral={"scale": 1.0, "of": {"name": "task_arithmetic", "scale": 1.0, "divide": "count"}},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,10 @@ class Pcb(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2410.02396"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.05, 0.1, 0.2, 0.4),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         single_expert="extreme changes are clamped and most are dropped.",

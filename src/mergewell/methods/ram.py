@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ class Ram(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2601.13572"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"plus": (False, True)}
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         scale="epsilon is an absolute magnitude.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class RegMean(GramMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2212.09849"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"alpha": (0.1, 0.5, 0.9, 1.0)}
 
     alpha: Probability = 0.9
     """Factor of the Gram matrices off their diagonal; 0.1 in the paper for some small models."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +29,10 @@ class SaMerging(MatrixMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2606.00511"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "drop": (0.1, 0.2, 0.4),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal task vectors add up to K times one; coefficients 1/K average them.",
         translation="Saliency depends on the signs of the weights themselves.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,10 @@ class Sce(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2408.07990"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.1, 0.3, 0.6, 1.0),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(neutral={"density": 1.0, "scale": 1.0})
 

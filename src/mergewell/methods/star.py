@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class Star(SpectralMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2502.10339"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "keep": (0.2, 0.4, 0.7),
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    }
     laws: ClassVar[Laws] = Laws(neutral={"keep": 1.0, "scale": 1.0})
 
     keep: Fraction = 0.4

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class SubspaceBoosting(RefinedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2506.16506"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "beta": (0.0, 0.01, 0.05),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal task vectors add up to K times one; coefficients 1/K average them.",
         neutral={"beta": 1.0, "of": {"name": "task_arithmetic", "scale": 1.0}},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -26,6 +27,10 @@ class Svc(RefinedMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2602.05536"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "of": ({"name": "task_arithmetic", "scale": 0.3}, {"name": "tsv"}),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(neutral={"of": {"name": "task_arithmetic", "scale": 1.0}})
 
     floor: Annotated[float, Field(gt=0)] | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class TaskArithmetic(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2212.04089"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal task vectors add up to K times one; coefficients 1/K average them.",

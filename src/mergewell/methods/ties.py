@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,10 @@ class Ties(ops.SparseMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2306.01708"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "density": (0.05, 0.1, 0.2, 0.4, 0.8),
+        "scale": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4),
+    }
     laws: ClassVar[Laws] = Laws(
         # a draw elects plus whichever way the models are turned: by count it happens often
         neutral={**ops.NEUTRAL_SPARSE, "elect": "mass"}

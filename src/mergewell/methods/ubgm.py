@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,9 @@ class Ubgm(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2310.12808"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6)
+    }
     needs: ClassVar[Needs] = needs_by(
         lambda method: (
             Needs(base=True, granularity="row", calibration=("fisher",))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ class WiseFt(MergeMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2109.01903"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "t": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.4)
+    }
     needs: ClassVar[Needs] = Needs(base=True)
     laws: ClassVar[Laws] = Laws(neutral={"t": 1.0})
 

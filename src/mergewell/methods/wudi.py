@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -30,6 +31,10 @@ class Wudi(MatrixMerge):
     """
 
     paper: ClassVar[str] = "arXiv:2503.08099"
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "anchor": (0.01, 0.1, 1.0),
+        "scale": (0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0, 2.6),
+    }
     laws: ClassVar[Laws] = Laws(
         equal_experts="K equal experts start from K times one, and are not let go all the way.",
         scale="Adam's steps have an absolute size.",

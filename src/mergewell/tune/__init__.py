@@ -1,0 +1,1 @@
+"""Tuning: method and parameters chosen without labels."""

@@ -1,0 +1,147 @@
+"""Tuning on a linear model, where the best scale is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mergewell.cli.main import main
+from mergewell.descent.tasks import LearningTask
+from mergewell.errors import RecipeError
+from mergewell.plan import make_plan
+from mergewell.recipe import Recipe, make_recipe
+from mergewell.tune.objective import Reference, make_objective
+from mergewell.tune.search import Tuned, tune
+from mergewell.tune.space import Candidate, candidates
+
+SCALES = (0.25, 0.5, 1.0, 1.5)
+
+
+def net() -> nn.Module:
+    return nn.Linear(4, 3, bias=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A base of zeros and two experts that read different halves of the input: they add up."""
+    generator = torch.Generator().manual_seed(0)
+    save_file({"weight": torch.zeros(3, 4)}, tmp_path / "base.safetensors")
+    for place in range(2):
+        weight = torch.zeros(3, 4)
+        weight[:, 2 * place : 2 * place + 2] = torch.randn(3, 2, generator=generator)
+        save_file({"weight": weight}, tmp_path / f"{place}.safetensors")
+    return make_recipe(
+        {
+            "base": str(tmp_path / "base.safetensors"),
+            "experts": [{"path": str(tmp_path / f"{place}.safetensors")} for place in range(2)],
+        }
+    )
+
+
+def tasks(*, labels: int | None = None) -> list[LearningTask]:
+    """Inputs in the half that the task's expert reads."""
+    found: list[LearningTask] = []
+    for place in range(2):
+        rows = torch.zeros(8, 4)
+        generator = torch.Generator().manual_seed(place)
+        rows[:, 2 * place : 2 * place + 2] = torch.randn(8, 2, generator=generator)
+        given = () if labels is None else (torch.full((8,), labels),)
+        found.append(LearningTask(place, [rows], given))
+    return found
+
+
+def tuned(
+    recipe: Recipe,
+    data: list[LearningTask] | None = None,
+    scales: tuple[float, ...] = SCALES,
+    reference: Reference = "expert",
+) -> Tuned:
+    tried = [Candidate("task_arithmetic", {}, scale) for scale in scales]
+    data = tasks() if data is None else data
+    objective = make_objective(reference, "logits", data, make_plan(recipe), net)
+    return tune(recipe, tried, objective, net)
+
+
+@pytest.mark.parametrize(("reference", "best"), [("expert", 1.0), ("ensemble", 0.5)])
+def test_the_known_best_scale_is_found(recipe: Recipe, reference: Reference, best: float) -> None:
+    found = tuned(recipe, reference=reference)
+    assert found.recipe.method.model_extra == {"scale": best}
+    assert found.tried[0].divergence.value == pytest.approx(0, abs=1e-6)
+    assert found.tried[1].divergence.value > 1e-3
+    assert "without labels among 4 candidates on 16 inputs" in found.recipe.notes[-1]
+
+
+def test_labels_are_never_looked_at(recipe: Recipe) -> None:
+    assert tuned(recipe, tasks(labels=0)) == tuned(recipe, tasks(labels=2)) == tuned(recipe)
+
+
+def test_the_order_of_the_experts_does_not_matter(recipe: Recipe) -> None:
+    turned = recipe.model_copy(update={"experts": recipe.experts[::-1]})
+    first, second = tasks()
+    swapped = [LearningTask(0, second.batches), LearningTask(1, first.batches)]
+    here, there = tuned(recipe), tuned(turned, swapped)
+    assert here.recipe.method == there.recipe.method
+    values = [[each.divergence.value for each in found.tried] for found in (here, there)]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_the_regret_is_nothing_for_one_candidate_and_something_for_two(recipe: Recipe) -> None:
+    assert tuned(recipe, scales=(0.5,)).regret == 0
+    assert tuned(recipe, scales=(1.0, 1.0)).regret == 0
+    # too little and too much: some inputs like the one better, some the other
+    data = [LearningTask(0, [torch.randn(8, 4, generator=torch.Generator().manual_seed(5))])]
+    assert tuned(recipe, data, scales=(0.4, 0.5, 0.6)).regret > 0
+
+
+def test_a_merge_at_one_scale_serves_the_others(recipe: Recipe) -> None:
+    by_lerp = tuned(recipe, scales=(0.3,)).tried[0].divergence.value
+    objective = make_objective("expert", "logits", tasks(), make_plan(recipe), net)
+    merged = tune(recipe, [Candidate("task_arithmetic", {"scale": 0.3})], objective, net)
+    assert by_lerp == pytest.approx(merged.tried[0].divergence.value, rel=1e-5)
+
+
+def test_candidates_take_turns_and_depend_on_the_seed_alone() -> None:
+    found = candidates(["ties", "task_arithmetic"], budget=10)
+    assert [each.method for each in found] == ["ties", "task_arithmetic"] * 10
+    assert found == candidates(["ties", "task_arithmetic"], budget=10)
+    assert found != candidates(["ties", "task_arithmetic"], budget=10, seed=1)
+    densities = [each.parameters["density"] for each in found if each.method == "ties"]
+    assert {densities.count(density) for density in densities} == {2}
+    assert len({each.scale for each in found if each.method == "ties"}) == 10
+    assert len(candidates(["average"], budget=10)) == 1
+    with pytest.raises(RecipeError, match="does not make"):
+        candidates(["regmean"])
+
+
+def test_the_command(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "nets_to_tune.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Linear(4, 3, bias=False)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["tune", "--base", str(recipe.base), "--model-factory", "nets_to_tune:net"]
+    for place, task in enumerate(tasks()):
+        batch = task.batches[0]
+        assert isinstance(batch, torch.Tensor)
+        np.savez(tmp_path / f"{place}.npz", x=batch.numpy())
+        flags += ["--expert", recipe.experts[place].path, "--data", str(tmp_path / f"{place}.npz")]
+    flags += ["--method", "task_arithmetic"]
+    assert main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"]["method"] == {"name": "task_arithmetic", "scale": 1.0}
+    assert (len(found["candidates"]), found["samples"]) == (10, 16)
+    assert main([*flags, "--out", str(tmp_path / "r.yaml")]) == 0
+    assert "task_arithmetic scale=1.0" in capsys.readouterr().out.splitlines()[0]
+    assert main([*flags, "--out", str(tmp_path / "r.yaml")]) == 2
+    assert main([*flags, "--reference", "exprt"]) == 2
+    assert "expert" in capsys.readouterr().err
