@@ -58,7 +58,8 @@ FROZEN = {
         "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
     },
     "align": {
-        "--to", "--data", "--match", "--model-factory", "--samples", "--seed", "--out", "--json",
+        "--to", "--data", "--match", "--zip", "--model-factory", "--samples", "--seed", "--out",
+        "--json",
     },
 }  # fmt: skip
 
