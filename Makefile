@@ -31,7 +31,7 @@ demo-text: $(INSTALLED)  ## the same with text experts, which are trained on fir
 	$(RUN) $(BIN)/mergewell demo --text --out mergewell-demo-text
 
 test: $(INSTALLED)  ## the fast tests, on up to four cores; under three minutes on two
-	$(RUN) $(BIN)/python -m pytest -n auto --maxprocesses=4
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 test-slow: $(INSTALLED)  ## the others: browser, kills, large files (needs chromium)
 	$(RUN) $(BIN)/python -m pytest -m slow --durations=10

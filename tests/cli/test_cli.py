@@ -429,7 +429,7 @@ def test_a_new_method_is_one_new_file(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, env={**os.environ, **path},
     )  # fmt: skip
     assert laws.returncode == 0, laws.stdout
-    assert "14 passed" in laws.stdout, laws.stdout
+    assert "15 passed" in laws.stdout, laws.stdout
 
 
 def test_flags_beside_a_recipe_are_refused_and_not_ignored(
