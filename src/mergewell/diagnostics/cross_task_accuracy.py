@@ -25,7 +25,7 @@ class CrossTaskAccuracy(Diagnostic):
 
     decides: ClassVar[bool] = False
     asks: ClassVar[str] = (
-        "Asks for every expert's accuracy on every task: `mergewell evaluate` measures it, with "
+        "Asks for every expert's accuracy on every task; `mergewell.evaluate` judges answers by "
         "labels."
     )
 
