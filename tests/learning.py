@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from families import factory, tiny_family
+from torch import nn
 
 from mergewell.descent.tasks import LearningTask
 from mergewell.learners.base import Material
@@ -34,3 +36,13 @@ def tasks_of(count: int, *, labelled: bool = False) -> list[LearningTask]:
 def material(count: int) -> Material:
     """Return what learners get that need no labels."""
     return Material(factory, tasks=tasks_of(count))
+
+
+def distant(factory: Callable[[], nn.Module], count: int) -> Material:
+    """Return two batches of 16 unlabelled inputs for each expert's task, each task apart."""
+    generator = torch.Generator().manual_seed(3)
+    tasks = [
+        LearningTask(k, [3 * k + torch.randn(16, 4, generator=generator) for _ in range(2)])
+        for k in range(count)
+    ]
+    return Material(factory, tasks=tasks)

@@ -9,7 +9,6 @@ rounding as well, which no low rank can: merge with dtype float32 what is to be 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import mergewell
 from mergewell.errors import CheckpointError, PlanError, RecipeError
 from mergewell.extract_layout import Layout, Treatment, make_layout
 from mergewell.linalg import Factors, frobenius, sketched_svd
@@ -28,7 +26,7 @@ from mergewell.storage.adapter import ADAPTER_WEIGHTS
 from mergewell.storage.adapter_config import ADAPTER_CONFIG, new_config
 from mergewell.storage.adapter_keys import PREFIX
 from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
-from mergewell.storage.manifest import InputFile, Manifest, hash_file
+from mergewell.storage.manifest import InputFile, Manifest, hash_file, versions
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import CheckpointWriter, ShardLayout, require_free_name
 from mergewell.tensor_group import random_key
@@ -158,11 +156,7 @@ def extract_adapter(
                 "tensors": len(specs),
                 "tensors_changed": len(cuts) + len(layout.kept),
                 "seed": 0,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": versions(),
                 "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
             }

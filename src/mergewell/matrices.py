@@ -17,7 +17,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal, cast, overload
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
 from mergewell import linalg
@@ -35,6 +35,18 @@ EXCLUDE = (
     r"|score|qa_outputs)(?:\.|$)|^shared\.weight$|^fc\.|^cls\."
 )
 """Finds embeddings, projections between modalities, and heads by the names of common models."""
+
+
+def _is_a_pattern(value: str | None) -> str | None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise ValueError(f"exclude is no regular expression: {error}") from error
+    return value
+
+
+Exclude = Annotated[str | None, AfterValidator(_is_a_pattern)]
+"""The type of a field `exclude`: what is treated as no matrix, by name."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ class MatrixMerge(MergeMethod):
     scale: float = 1.0
     """Factor on the merged task vector, of matrices and all else."""
 
-    exclude: str | None = None
+    exclude: Exclude = None
     """Regular expression for tensors that are not treated as matrices; embeddings and heads by
     their usual names unless given, and nothing where it is empty. The plan says what they get."""
 
@@ -112,15 +124,6 @@ class MatrixMerge(MergeMethod):
 
     transposed: bool = False
     """The tensor is stored as inputs by outputs (GPT-2's Conv1D). Set it by a rule."""
-
-    @field_validator("exclude")
-    @classmethod
-    def _is_a_pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"exclude is no regular expression: {error}") from error
-        return value
 
     @abstractmethod
     def combine(self, matrices: TaskMatrices) -> Tensor:

@@ -6,7 +6,6 @@ biases of layers without BatchNorm (kind `repair`, which needs the folder's reci
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-import mergewell
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import ModelError, PlanError, RecipeError, UserError, did_you_mean
 from mergewell.inputs import input_files
@@ -36,6 +34,7 @@ from mergewell.storage.manifest import (
     hash_file,
     read_manifest,
     repair_of,
+    versions,
 )
 from mergewell.storage.writer import CheckpointWriter, ShardLayout
 
@@ -108,11 +107,7 @@ def repair_folder(
                 "tensors": len(checkpoint),
                 "tensors_changed": len(new),
                 "seed": 0,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": versions(),
                 "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
             }

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from pathlib import Path
 
-import torch
-
-import mergewell
 from mergewell.companions.base import (
     SUFFIX,
     base_of,
@@ -19,7 +15,7 @@ from mergewell.companions.base import (
 from mergewell.errors import CheckpointError
 from mergewell.storage.checkpoint import open_checkpoint
 from mergewell.storage.layout import shard_layouts
-from mergewell.storage.manifest import Manifest, input_file
+from mergewell.storage.manifest import Manifest, input_file, versions
 from mergewell.storage.writer import CheckpointWriter
 
 
@@ -62,11 +58,7 @@ def restore_expert(
                 "tensors": len(merged),
                 "tensors_changed": sum(own.holds(masks, name) for name in merged),
                 "seed": 0,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": versions(),
                 "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
             }

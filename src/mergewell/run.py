@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-import mergewell
 from mergewell.blocks import (
     FUSED,
     Block,
@@ -35,7 +33,7 @@ from mergewell.errors import CheckpointError, PlanError
 from mergewell.kernels import base as kernels
 from mergewell.plan import BLOCK, Plan, TensorTask
 from mergewell.statistics.base import State, WeightStatistic, joined
-from mergewell.storage.manifest import Algorithm, Manifest
+from mergewell.storage.manifest import Algorithm, Manifest, versions
 from mergewell.storage.passing_hash import PassingHash, hash_while_reading
 from mergewell.storage.writer import CheckpointWriter, FileWriter, ShardLayout
 from mergewell.tensor_group import Value
@@ -119,12 +117,7 @@ def run(
                 **summary(changes),
                 **({} if plan.mended is None else {"repair": plan.mended.about}),
                 "seed": plan.recipe.seed,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                    "device": where.name,
-                },
+                "versions": {**versions(), "device": where.name},
                 "directory": str(Path.cwd()),
                 "seconds": round(before + time.perf_counter() - began, 3),
             }

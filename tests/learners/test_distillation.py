@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import factory, tiny_family
+from learning import distant
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,12 +30,7 @@ def recipe_of(folder: Path, count: int, **more: object) -> Recipe:
 
 
 def material(count: int) -> Material:
-    generator = torch.Generator().manual_seed(3)
-    tasks = [
-        LearningTask(k, [3 * k + torch.randn(16, 4, generator=generator) for _ in range(2)])
-        for k in range(count)
-    ]
-    return Material(factory, tasks=tasks)
+    return distant(factory, count)
 
 
 def merged(recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import factory, tiny_family
+from learning import distant
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,12 +66,7 @@ def deep_recipe(folder: Path, count: int, **more: object) -> Recipe:
 
 
 def material(count: int) -> Material:
-    generator = torch.Generator().manual_seed(3)
-    tasks = [
-        LearningTask(k, [3 * k + torch.randn(16, 4, generator=generator) for _ in range(2)])
-        for k in range(count)
-    ]
-    return Material(deep, tasks=tasks)
+    return distant(deep, count)
 
 
 def merged(recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mergewell
 from mergewell.storage.checkpoint import Checkpoint
-from mergewell.storage.manifest import InputFile, Manifest, hash_file
+from mergewell.storage.manifest import InputFile, Manifest, hash_file, versions
 from mergewell.storage.writer import CheckpointWriter, ShardLayout
 
 
@@ -63,11 +61,7 @@ def write_changed(
                 "tensors": len(checkpoint),
                 "tensors_changed": changed,
                 "seed": seed,
-                "versions": {
-                    "mergewell": mergewell.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": versions(),
                 "directory": str(Path.cwd()),
                 "seconds": round(time.perf_counter() - began, 3),
             }

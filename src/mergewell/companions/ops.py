@@ -14,13 +14,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from mergewell import linalg
 from mergewell.companions.base import Companion, merged_tasks, wider
 from mergewell.errors import RecipeError
-from mergewell.matrices import EXCLUDE, is_matrix
+from mergewell.matrices import EXCLUDE, Exclude, is_matrix
 from mergewell.plan import Plan
 from mergewell.statistics.ops import rows_of
 from mergewell.storage.base import Checkpoint
@@ -34,18 +33,9 @@ class LowRankCompanion(Companion):
     of the recipe play no part in what is routed.
     """
 
-    exclude: str | None = None
+    exclude: Exclude = None
     """Regular expression for tensors that are not routed; embeddings and heads by their usual names
     unless given, and nothing where it is empty. Kernels of depthwise convolutions never are."""
-
-    @field_validator("exclude")
-    @classmethod
-    def _is_a_pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"exclude is no regular expression: {error}") from error
-        return value
 
     @abstractmethod
     def directions(self, shortest: int, experts: int) -> int:

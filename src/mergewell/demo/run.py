@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-import mergewell
 from mergewell.check import Data, build_module, check
 from mergewell.demo.suite import Suite
 from mergewell.errors import OutputError
@@ -24,6 +22,7 @@ from mergewell.report.page import write_page
 from mergewell.report.results import MEAN, Check, Results, write_results
 from mergewell.run import run
 from mergewell.storage.checkpoint import open_checkpoint
+from mergewell.storage.manifest import versions
 
 OnStep = Callable[[str, float, float], None]
 
@@ -206,11 +205,7 @@ def _results(
                 for name, recipe in recipes.items()
             ],
             "seconds": {**seconds, "all": round(sum(seconds.values()), 2)},
-            "versions": {
-                "mergewell": mergewell.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "experts_mean": experts_mean,
             "examples": dict(evaluation.examples),
         }

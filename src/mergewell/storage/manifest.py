@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
 
+import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import mergewell
 from mergewell.errors import CheckpointError
 from mergewell.storage.strict_json import parse_object
 
@@ -33,6 +36,15 @@ class Hasher(Protocol):
     def hexdigest(self) -> str:
         """Return the hash so far."""
         ...
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on, as a manifest holds them."""
+    return {
+        "mergewell": mergewell.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def new_hasher(algorithm: Algorithm) -> Hasher:
