@@ -43,6 +43,7 @@ LAYERS = [
         "routing",
         "descent",
         "neulig",
+        "prediction",
         "explain",
         "alignment",
         "distil",

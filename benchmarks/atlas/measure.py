@@ -95,31 +95,20 @@ class Place:
     def __init__(self, atlas: Atlas, of: ExpertSet) -> None:
         self.atlas, self.of, self.family = atlas, of, atlas.of
         family, experts = atlas.of, of.experts
-        self.base = _base_state(family.base_path(of.base))
-        self.states = [atlas.state(e.name) for e in experts]
-        self.tasks = [e.task for e in experts]
-        self.heads = [family.head(e.base, e.task) for e in experts]
+        self.open()
         self.labelled = of.number % family.draws().labelled_every == 0
-        load = [lambda s=s: s for s in (self.base, *self.states)]
-        names = [f"{BASE}:{of.base}", *(e.name for e in experts)]
-        self.seen = [
-            [atlas.eye.inputs(name, task, how) for task in self.tasks]
-            for name, how in zip(names, load, strict=True)
-        ]
         tests = [
-            [atlas.eye.test(name, task, how) for task in self.tasks]
-            for name, how in zip(names, load, strict=True)
+            [atlas.eye.test(name, task, load) for task in self.tasks] for name, load in self.models
         ]
         self.answers = [torch.cat(list(family.test(task).labels)) for task in self.tasks]
         self.own, self.below, self.together, self.ensemble = [], [], [], []
         for j, head in enumerate(self.heads):
-            logits = [family.logits(tests[k][j], head) for k in range(len(names))]
+            logits = [family.logits(tests[k][j], head) for k in range(len(tests))]
             both = ensemble_outputs(logits[1:], "logits").argmax(-1)
             self.own.append(_right(logits[j + 1], self.answers[j]))
             self.below.append(_right(logits[0], self.answers[j]))
             self.together.append(both)
             self.ensemble.append(float((both == self.answers[j]).double().mean()))
-        self.plan = make_plan(recipe(family, atlas.experts, of, AVERAGE(len(experts))))
         sums = measure_task_vectors(self.plan)
         self.known: dict[str, Any] = {
             "experts": tuple(f"{i}" for i in range(len(experts))),
@@ -139,10 +128,26 @@ class Place:
         if self.labelled:
             self.constant = atlas.pulls.of_set(self.known, self.base, experts, atlas.modules)
 
+    def open(self) -> None:
+        """Read the models and run them on the tasks' inputs."""
+        atlas, family, experts = self.atlas, self.family, self.of.experts
+        self.base = _base_state(family.base_path(self.of.base))
+        self.states = [atlas.state(e.name) for e in experts]
+        self.tasks = [e.task for e in experts]
+        self.heads = [family.head(e.base, e.task) for e in experts]
+        self.models = [(f"{BASE}:{self.of.base}", lambda: self.base)] + [
+            (e.name, lambda s=s: s) for e, s in zip(experts, self.states, strict=True)
+        ]
+        self.seen = [
+            [atlas.eye.inputs(name, task, load) for task in self.tasks]
+            for name, load in self.models
+        ]
+        self.plan = make_plan(recipe(family, atlas.experts, self.of, AVERAGE(len(experts))))
+
     def merged(self, merge: Merge) -> Row:
         """Return what was measured of one merge and all predictors of it."""
         atlas, family, clock = self.atlas, self.family, _Clock()
-        plan = make_plan(recipe(family, atlas.experts, self.of, merge, self._calibration(merge)))
+        plan = make_plan(recipe(family, atlas.experts, self.of, merge, self.calibration(merge)))
         state = {**self.base, **{n: t.float() for n, t in merge_tensors(plan)}}
         clock.lap("merge_s")
         runner = atlas.eye.merged(state)
@@ -227,7 +232,7 @@ class Place:
         known = [torch.cat([self._pooled(k, t).outputs for t in merged]) for k in models]
         return torch.stack([*known, torch.cat([one.outputs for one in merged.values()])])
 
-    def _calibration(self, merge: Merge) -> Path | None:
+    def calibration(self, merge: Merge) -> Path | None:
         """Return the statistics of the experts' inputs that a method is made from."""
         families = needs_inputs(merge.method)
         if not families:

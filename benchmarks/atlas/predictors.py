@@ -19,15 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence
-from mergewell.evaluate import kl_divergence
-from mergewell.models.ensemble import ensemble_outputs
+from mergewell.prediction.answers import answers
+from mergewell.prediction.lie import Each, Numbers, lie, products
 from mergewell.statistics.activation_cka import linear_cka
 from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, alignment, decompose
-from mergewell.statistics.task_vector_sums import TaskVectorSums
-
-Numbers = dict[str, float]
-Each = dict[str, list[float]]
-"""A number for each expert, by predictor."""
 
 BUDGET = {
     "task_vectors": "w", "sign_conflict": "w", "norm_dispersion": "w", "subspace_alignment": "w",
@@ -83,56 +78,24 @@ def by_weights(
     merged: Mapping[str, Tensor],
     subspaces: Mapping[str, MatrixSubspaces],
 ) -> tuple[Numbers, Each]:
-    """Return how the merged task vector lies to each expert's.
+    """Return how the merged task vector lies to each expert's: `lie`, and subspace alignment.
 
-    w_norm and w_merged_norm are relative to the base's norm over what moved; w_kept is
-    <tau_M, tau_k> / |tau_k|^2 (1: all of the expert's change is in the merge); w_away is
-    |tau_M - tau_k| / |tau_k|; w_others the norm of the other task vectors over the expert's own;
-    w_sar the alignment with the sum, w_sar_merged with the merge as it is (arXiv:2502.04959).
+    w_sar is the alignment with the sum, w_sar_merged with the merge as it is (arXiv:2502.04959).
     """
-    names = [n for n, t in base.items() if t.is_floating_point() and t.ndim and n in merged]
-    total = torch.zeros(len(experts) + 2, len(experts) + 2, dtype=torch.float64)
-    aligned: list[Tensor] = []
-    for name in names:
-        rows = [state[name].flatten() for state in (*experts, merged)]
-        products = TaskVectorSums.of(base[name].flatten(), rows).products
-        if not bool((products.diagonal()[1:] > 0).any()):
-            continue  # what no one moved
-        total += products
-        if name in subspaces:
-            aligned.append(_alignment(base[name], [state[name] for state in experts], merged[name]))
-    size, norms = float(total[0, 0]) ** 0.5 or 1.0, total.diagonal()[1:].clamp(min=1e-30).sqrt()
-    taus, last = total[1:-1, 1:-1], total[-1, 1:-1]
-    own, whole = norms[:-1], norms[-1]
-    apart = (own.square() + whole.square() - 2 * last).clamp(min=0).sqrt()
-    count = len(experts)
-    cosines = taus / own[:, None] / own
-    others = (cosines.sum(1) - 1) / max(1, count - 1)
-    rest = (own.square().sum() - own.square()).clamp(min=0).sqrt()
-    each: Each = {
-        "w_norm": (own / size).tolist(),
-        "w_kept": (last / own.square()).tolist(),
-        "w_along": (last / own / whole).tolist(),
-        "w_away": (apart / own).tolist(),
-        "w_away_base": (apart / size).tolist(),
-        "w_cosine": others.tolist(),
-        "w_others": (rest / own).tolist(),
-    }
+    numbers, each = lie(products(base, experts, merged))
+    aligned = [
+        _alignment(base[name], [state[name] for state in experts], merged[name])
+        for name in subspaces
+        if name in merged
+    ]
     if aligned:
+        count = len(experts)
         each["w_sar_merged"] = torch.stack(aligned).nanmean(0).tolist()
         sums = torch.stack([m.alignment for m in subspaces.values()])
         each["w_sar"] = sums.nanmean(0).tolist()
         pairs = torch.stack([m.pairs for m in subspaces.values()]).nanmean(0)
         off = ~torch.eye(count, dtype=torch.bool)
         each["w_sar_by_others"] = [float(pairs[i][off[i]].nanmean()) for i in range(count)]
-    mass = taus.sum() / count**2
-    numbers: Numbers = {
-        "w_experts": float(count),
-        "w_merged_norm": float(whole) / size,
-        "w_merged_over_mean": float(whole / mass.clamp(min=1e-30).sqrt()),
-        "w_merged_over_own": float(whole / own.mean()),
-        "w_cosine_with_mean": float(last.sum() / count / whole / mass.clamp(min=1e-30).sqrt()),
-    }
     return numbers, each
 
 
@@ -162,37 +125,21 @@ def by_inputs(
     each: Each = {}
 
     def add(name: str, value: float) -> None:
-        each.setdefault(f"u_{name}", []).append(value)
+        each.setdefault(name, []).append(value)
 
-    count = len(heads)
     for j, head in enumerate(heads):
-        logs = [family.logits(own[k][j].outputs, head).log_softmax(-1) for k in range(count + 1)]
-        base, right, ours = logs[0], logs[j + 1], family.logits(merged[j].outputs, head)
-        ours = ours.log_softmax(-1)
-        together = ensemble_outputs(logs[1:], "logits").log_softmax(-1)
-        answers = right.argmax(-1)
-        add("kl_own", _mean(kl_divergence(right, ours)))
-        add("agreement_own", _mean(answers == ours.argmax(-1)))
-        add("kl_ensemble", _mean(kl_divergence(together, ours)))
-        add("agreement_ensemble", _mean(together.argmax(-1) == ours.argmax(-1)))
-        add("ensemble_own", _mean(together.argmax(-1) == answers))
-        add("believed", _mean(ours.exp().gather(1, answers[:, None])))
-        add("entropy", _entropy(ours))
-        add("entropy_own", _entropy(right))
-        add("base_own", _mean(base.argmax(-1) == answers))
-        add("kl_base_own", _mean(kl_divergence(right, base)))
-        others = [k for k in range(1, count + 1) if k != j + 1]
-        alike = [_mean(logs[k].argmax(-1) == answers) for k in others]
-        add("others_own", float(np.mean(alike)))
-        add("others_worst", float(np.min(alike)))
+        base, *experts = [family.logits(own[k][j].outputs, head) for k in range(len(heads) + 1)]
+        ours = family.logits(merged[j].outputs, head)
+        for name, value in answers(base, experts, ours, expert=j).items():
+            add(name, value)
         mine, theirs = merged[j].outputs, own[j + 1][j].outputs
-        add("output_away", _away(mine, theirs))
-        add("output_cosine", _mean(functional.cosine_similarity(mine, theirs)))
-        add("output_norm", float(mine.norm() / theirs.norm().clamp(min=1e-12)))
-        add("cka_own", float(linear_cka(torch.stack([mine, theirs]))[0, 1]))
-        add("base_away", _away(own[0][j].outputs, theirs))
+        add("u_output_away", _away(mine, theirs))
+        add("u_output_cosine", _mean(functional.cosine_similarity(mine, theirs)))
+        add("u_output_norm", float(mine.norm() / theirs.norm().clamp(min=1e-12)))
+        add("u_cka_own", float(linear_cka(torch.stack([mine, theirs]))[0, 1]))
+        add("u_base_away", _away(own[0][j].outputs, theirs))
         middle = list(merged[j].blocks)[len(merged[j].blocks) // 2]
-        add("middle_away", _away(merged[j].blocks[middle], own[j + 1][j].blocks[middle]))
+        add("u_middle_away", _away(merged[j].blocks[middle], own[j + 1][j].blocks[middle]))
     return {}, each
 
 
@@ -213,8 +160,8 @@ def by_labels(
     each: Each = {"l_right": [], "l_loss": [], "l_retention": [], "l_loss_rise": []}
     for j, head in enumerate(heads):
         for k in range(count + 1):
-            answers = family.logits(own[k][j].outputs, head).argmax(-1)
-            hits[k, j] = float((answers == labels[j]).double().mean())
+            said = family.logits(own[k][j].outputs, head).argmax(-1)
+            hits[k, j] = float((said == labels[j]).double().mean())
         logits = family.logits(merged[j].outputs, head)
         loss = float(functional.cross_entropy(logits, labels[j]))
         theirs = functional.cross_entropy(family.logits(own[j + 1][j].outputs, head), labels[j])
@@ -246,8 +193,3 @@ def _away(one: Tensor, other: Tensor) -> float:
 
 def _mean(values: Tensor) -> float:
     return float(values.double().mean())
-
-
-def _entropy(logs: Tensor) -> float:
-    """Return the mean entropy as a fraction of the largest there is."""
-    return float(-(logs.exp() * logs).sum(-1).mean()) / float(np.log(logs.shape[-1]))

@@ -43,8 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["MERGEWELL_WORKERS"] = "1"
     until = time.monotonic() + 60 * given.minutes
-    kind = getattr(importlib.import_module(given.family), FAMILIES[given.family])
-    family: Family = kind(given.data, given.cache)
+    family = make_family(given.family, given.data, given.cache)
     rows = family.folder / "experts.jsonl"
     experts = Experts(family, Book(rows, EXPERT, known("experts", given.family)))
     if given.only == "experts":
@@ -62,6 +61,11 @@ def main() -> None:
                 print(base, number, row["method"], what, file=sys.stderr, flush=True)
             if time.monotonic() > until:
                 return
+
+
+def make_family(name: str, data: Path, cache: Path) -> Family:
+    """Return a family by its name."""
+    return getattr(importlib.import_module(name), FAMILIES[name])(data, cache)
 
 
 def cache_folder() -> Path:
