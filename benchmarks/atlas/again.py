@@ -28,7 +28,7 @@ from table import EXPERT, MERGE, known
 from mergewell.plan import make_plan
 from mergewell.run import merge_tensors
 
-NEW = "u_conf"
+NEW = "w_base"
 """A predictor that tells rows with all of them from older ones."""
 
 

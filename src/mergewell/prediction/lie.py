@@ -45,7 +45,8 @@ def lie(total: Tensor) -> tuple[Numbers, Each]:
     w_kept: <tau_M, tau_k> / |tau_k|^2, 1 where all of the expert's change is in the merge.
     w_away: |tau_M - tau_k| / |tau_k|, w_away_base: the same over the base's norm. w_along: cosine
     with the merge; w_cosine: mean cosine with the other experts; w_others: the other task vectors'
-    norm over the expert's own. w_norm and w_merged_norm are over the base's norm.
+    norm over the expert's own. w_base: <theta_0, tau_k> / |theta_0|^2, near -1 where the expert has
+    nothing of the base. w_norm and w_merged_norm are over the base's norm.
     """
     size = float(total[0, 0]) ** 0.5 or 1.0
     norms = total.diagonal()[1:].clamp(min=_TINY).sqrt()
@@ -64,6 +65,7 @@ def lie(total: Tensor) -> tuple[Numbers, Each]:
         "w_away_base": (apart / size).tolist(),
         "w_cosine": ((cosines.sum(1) - 1) / max(1, count - 1)).tolist(),
         "w_others": (rest / own).tolist(),
+        "w_base": (total[0, 1:-1] / max(size**2, _TINY)).tolist(),
     }
     numbers: Numbers = {
         "w_experts": float(count),
