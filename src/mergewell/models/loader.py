@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mergewell.errors import ModelError
+from mergewell.models.places import Place, filled, place_of
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.")
 """What DataParallel, training frameworks and torch.compile put before every name."""
@@ -77,12 +78,23 @@ class Loaded:
     """Names of the module that it keeps because they do not act in eval mode (batch counters)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Where a checkpoint's tensors go in a module."""
+
+    places: Mapping[str, Place]
+    """By the checkpoint's names, of all that is not left out."""
+
+    loaded: Loaded
+
+
 def load_state(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Loaded:
     """Copy a checkpoint's tensors into a module, strictly, and return what was left alone.
 
     Names may carry, or lack, the prefix of a Hugging Face base model, of DataParallel and the
-    like. The only names of the checkpoint that may be left out are those of whole branches that
-    the module does not have (a head, a pooler) and of buffers that it recomputes; they are
+    like; experts of a mixture that are stored one by one go into the module's stacks. The only
+    names of the checkpoint that may be left out are those of whole branches that the module does
+    not have (a head, a pooler) and of buffers that it recomputes; they are
     returned. Tensors are read one at a time and cast to the module's dtype.
 
     Raises:
@@ -90,16 +102,33 @@ def load_state(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Loaded:
             and the counts are given. Nothing is copied unless all names fit.
     """
     targets = module.state_dict(keep_vars=True)
-    renamed = _renamed(list(checkpoint), targets, module)
+    fit = fitted(module, list(checkpoint))
+    with torch.no_grad():
+        for name, place in fit.places.items():
+            target = place.of(targets[place.name])
+            tensor = checkpoint[name]
+            require_shape(name, tuple(tensor.shape), target)
+            target.copy_(tensor)
+    return fit.loaded
+
+
+def fitted(module: nn.Module, names: Sequence[str]) -> Fit:
+    """Return where the tensors of these names go in a module, as `load_state` puts them.
+
+    Raises:
+        ModelError: names are missing or unexpected.
+    """
+    targets = module.state_dict(keep_vars=True)
+    places = _placed(list(names), targets, module)
     branches = {name.partition(".")[0] for name in targets}
     recomputed = {name for name, _ in module.named_buffers()} - set(targets)
-    strangers = [name for name, target in renamed.items() if target not in targets]
+    strangers = [name for name, place in places.items() if place.name not in targets]
     left_out = [
         name
         for name in strangers
-        if renamed[name] in recomputed or _branch(renamed[name]) - branches
+        if places[name].name in recomputed or _branch(places[name].name) - branches
     ]
-    held = {id(targets[target]) for target in renamed.values() if target in targets}
+    held = {id(targets[name]) for name in filled(places.values(), targets)}
     absent = [name for name, tensor in targets.items() if id(tensor) not in held]
     kept = [name for name in absent if name.rpartition(".")[2] == "num_batches_tracked"]
     complaints = [
@@ -112,43 +141,56 @@ def load_state(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Loaded:
             f"{' and '.join(filter(None, complaints))}; "
             "name the model that these weights were saved from."
         )
-    with torch.no_grad():
-        for name, target in renamed.items():
-            if target in targets:
-                _copy(name, checkpoint[name], targets[target])
-    return Loaded(tuple(left_out), tuple(kept))
+    found = {name: place for name, place in places.items() if place.name in targets}
+    return Fit(found, Loaded(tuple(left_out), tuple(kept)))
 
 
 def placed(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the module's parameter or buffer for each name of a checkpoint that it has one for.
 
     Names are matched as `load_state` matches them.
+
+    Raises:
+        ModelError: one is stored alone that the module has in a stack (experts of a mixture).
     """
     targets = module.state_dict(keep_vars=True)
-    renamed = _renamed(list(names), targets, module)
-    return {name: targets[target] for name, target in renamed.items() if target in targets}
+    places = _placed(list(names), targets, module)
+    for name, place in places.items():
+        if place.expert is not None:
+            raise ModelError(
+                f"{name} is a part of {place.name} in {type(module).__name__}, which is not done "
+                "yet where single tensors of the module are asked for; merge it by its weights."
+            )
+    return {name: targets[p.name] for name, p in places.items() if p.name in targets}
 
 
-def _copy(name: str, tensor: Tensor, target: Tensor) -> None:
-    if tensor.shape != target.shape:
+def require_shape(name: str, shape: tuple[int, ...], target: Tensor) -> None:
+    """Raise ModelError unless a checkpoint's tensor has its target's shape."""
+    if shape != tuple(target.shape):
         raise ModelError(
-            f"{name} has shape {tuple(tensor.shape)} in the checkpoint but {tuple(target.shape)} "
+            f"{name} has shape {shape} in the checkpoint but {tuple(target.shape)} "
             "in the module; name the model that these weights were saved from."
         )
-    target.copy_(tensor)
 
 
-def _renamed(names: list[str], targets: Mapping[str, Tensor], module: nn.Module) -> dict[str, str]:
-    """Return the module's name for each name, under the prefix rule that fits the most."""
+def _placed(names: list[str], targets: Mapping[str, Tensor], module: nn.Module) -> dict[str, Place]:
+    """Return the place for each name, under the prefix rule that fits the most."""
     family = getattr(module, "base_model_prefix", "")
     prefixes = [*([f"{family}."] if family else []), *_WRAPPERS]
-    rules = [{name: name for name in names}]
+    rules = [{name: place_of(name, targets) for name in names}]
     for prefix in prefixes:
-        rules.append({name: name.removeprefix(prefix) for name in names})
+        rules.append({name: place_of(name.removeprefix(prefix), targets) for name in names})
         # names that fit as they stand (a head's, beside a base without its prefix) are left alone
-        rules.append({name: name if name in targets else prefix + name for name in names})
+        rules.append(
+            {
+                name: rules[0][name]
+                if rules[0][name].name in targets
+                else place_of(prefix + name, targets)
+                for name in names
+            }
+        )
     distinct = [rule for rule in rules if len(set(rule.values())) == len(names)]
-    return max(distinct, key=lambda rule: len(set(rule.values()) & targets.keys()))
+    return max(distinct, key=lambda rule: len({p for p in rule.values() if p.name in targets}))
 
 
 def _branch(name: str) -> set[str]:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergewell.models.dataflow import parts, tensors
-from mergewell.models.loader import Loaded, load_state
+from mergewell.models.loader import Loaded, fitted, require_shape
+from mergewell.models.places import Place
 from mergewell.storage.spec import TensorSpec
 
 Read = Callable[[tuple[str, ...]], Iterable[tuple[str, Tensor]]]
@@ -48,10 +48,10 @@ class Skeleton:
         _exchange(self.module, _absent_like)
         self._read = read
         self._targets = self.module.state_dict(keep_vars=True)
-        self._names, self.loaded = _fitted(self.module, specs)
+        self._sources, self.loaded = _sources(self.module, specs)
         held = {name: id(self._targets[name]) for name in self._targets}
         self._strides = {id(t): strides[name] for name, t in self._targets.items()}
-        self._places = {target: name for name, target in held.items() if target in self._names}
+        self._places = {target: name for name, target in held.items() if target in self._sources}
         self._absent = {id(t): _absent_like(t) for t in self._targets.values()}
         self._present: set[int] = set()
         self._kept: set[int] = set()
@@ -120,17 +120,23 @@ class Skeleton:
         }
 
     def _fetch(self, targets: set[int]) -> None:
-        wanted = {self._names[target]: target for target in targets}
+        wanted = {name: target for target in targets for name in self._sources[target]}
         if not wanted:
             return
+        whole: dict[int, Tensor] = {}
         for name, tensor in self._read(tuple(sorted(wanted))):
-            target = wanted[name]
-            values = tensor.detach().to(self._targets[self._places[target]].dtype)
-            if values.stride() != self._strides[target]:
-                laid = torch.empty_strided(
-                    values.shape, self._strides[target], dtype=values.dtype, device=values.device
+            target, values = wanted[name], tensor.detach()
+            known, place = self._targets[self._places[target]], self._sources[target][name]
+            strides = self._strides[target]
+            if place.expert is None and values.stride() == strides:
+                whole[target] = values.to(known.dtype)
+                continue
+            if target not in whole:
+                whole[target] = torch.empty_strided(
+                    known.shape, strides, dtype=known.dtype, device=values.device
                 )
-                values = laid.copy_(values)
+            place.of(whole[target]).copy_(values)
+        for target, values in whole.items():
             self._put(target, values)
             self._present.add(target)
 
@@ -167,32 +173,20 @@ class Fetching(_Asking, TorchDispatchMode):
         self.skeleton, self.ask = skeleton, ask
 
 
-class _Copies(TorchFunctionMode):
-    """Notes which tensor is copied into which, and copies nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, int] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.copy_:
-            self.seen[id(args[0])] = id(args[1])
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def _fitted(module: nn.Module, specs: Mapping[str, TensorSpec]) -> tuple[dict[int, str], Loaded]:
-    """Return the checkpoint's name for each tensor of the module, as `load_state` pairs them."""
-    stand_ins = {
-        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        for name, spec in specs.items()
-    }
-    with _Copies() as copies:
-        loaded = load_state(module, stand_ins)
-    names = {id(tensor): name for name, tensor in stand_ins.items()}
-    return {target: names[source] for target, source in copies.seen.items()}, loaded
+def _sources(
+    module: nn.Module, specs: Mapping[str, TensorSpec]
+) -> tuple[dict[int, dict[str, Place]], Loaded]:
+    """Return what fills each tensor of the module: the checkpoint's names and their parts of it."""
+    fit, targets = fitted(module, list(specs)), module.state_dict(keep_vars=True)
+    found: dict[int, dict[str, Place]] = {}
+    for name, place in fit.places.items():
+        target = targets[place.name]
+        require_shape(name, specs[name].shape, place.of(target))
+        parts = found.setdefault(id(target), {})
+        if place.expert is None:
+            parts.clear()  # of names for one tied tensor the last counts
+        parts[name] = place
+    return found, fit.loaded
 
 
 def without_weights(factory: Callable[[], nn.Module]) -> nn.Module:
