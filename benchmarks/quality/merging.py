@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -60,8 +61,10 @@ class Merges:
         known = self._known.pop(half, None)  # so that not both are in memory
         if known is None or known[0] != key:
             known = None
-            made = merge_tensors(make_plan(self.recipe(method, candidate.parameters, half=half)))
-            known = (key, {name: tensor.float() for name, tensor in made})
+            with TemporaryDirectory() as written:
+                recipe = self.recipe(method, candidate.parameters, half=half, written=written)
+                made = merge_tensors(make_plan(recipe))
+                known = (key, {name: tensor.float() for name, tensor in made})
         self._known[half] = known
         if candidate.scale == 1.0:
             return known[1]
@@ -78,10 +81,17 @@ class Merges:
             return bool(METHODS.build(method, parameters).needs.calibration)
         return LEARNERS.get(method).data == "unlabelled"
 
-    def recipe(self, method: str, parameters: Mapping[str, Any], *, half: bool = False) -> Recipe:
-        """Return the recipe of a method, or the one that a learner ends with."""
+    def recipe(
+        self, method: str, parameters: Mapping[str, Any], *, half: bool = False, written: str = ""
+    ) -> Recipe:
+        """Return the recipe of a method, or the one that a learner ends with.
+
+        The recipe of a learner that writes weights is of those in the folder `written`, which is no
+        parameter of the candidate's: its row is to be found again wherever they stood.
+        """
         if method not in METHODS.names():
-            learner = LEARNERS.build(method, parameters)
+            folder = {"folder": written} if "folder" in LEARNERS.get(method).model_fields else {}
+            learner = LEARNERS.build(method, {**parameters, **folder})
             material = self._material(learner, half=half)
             return learner.learn(self.recipe("average", {}), material).recipe
         data: dict[str, Any] = {

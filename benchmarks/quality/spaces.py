@@ -4,8 +4,9 @@ A candidate is a choice of the method's parameters and a *scale*, a factor on th
 vector: result = base + scale * (merged - base). Where a method has such a factor itself it is held
 at 1 (`fixed`), so that one merge serves many scales. Candidates are a Latin hypercube: each of the
 `BUDGET` scales is taken once, each value of a parameter as often as any other, in a random order
-that depends on the method's name alone. A method that is not in the table, for instance because it
-was written after it, gets its default parameters and `BROAD` scales.
+that depends on the method's name alone. What is searched for a method is its own `search`; the
+table below holds the learners, which have none, and what differs, with the reason. A row's key has
+its parameters and scale, so that a changed space leaves the rows of candidates that stay.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from mergewell.methods.base import METHODS
 
 BUDGET = 10
 """Candidates of every method."""
@@ -53,81 +56,66 @@ class Candidate:
     scale: float
 
 
-DENSITY = (0.05, 0.1, 0.2, 0.4, 0.8)
-
 SPACES: Mapping[str, Space] = {
-    # plain
-    "average": Space(AS_IS),
-    "task_arithmetic": Space(SUM, fixed={"scale": 1.0}),
-    "ties": Space(MEAN, {"density": DENSITY}),
-    "dare": Space(MEAN, {"density": (0.2, 0.5, 0.8), "combine": ("sum", "agreeing")}),
-    "della": Space(MEAN, {"density": (0.2, 0.5, 0.8), "epsilon": (0.05, 0.15)}),
-    "breadcrumbs": Space(SUM, {"density": (0.2, 0.5, 0.9), "gamma": (0.005, 0.01, 0.05)}),
-    "sce": Space(MEAN, {"density": (0.1, 0.3, 0.6, 1.0)}),
-    "cabs": Space(SUM, {"n": (32, 64, 128)}),
-    "consensus": Space(SUM, {"threshold": (0.2, 0.4, 0.6), "minimum": (1, 2, 3)}, {"scale": 1.0}),
-    "emr": Space(BROAD),
-    "karcher": Space(MEAN),
-    "lines": Space(BROAD, {"beta": (0.0, 0.25, 0.5, 0.75, 1.0)}),
-    "localize_and_stitch": Space(BROAD, {"density": (0.01, 0.05, 0.1, 0.2, 0.5)}),
-    "m_dare": Space(MEAN, {"density": (0.2, 0.5, 0.8), "spread": (0.1, 0.2)}),
-    "m_ties": Space(MEAN, {"density": (0.2, 0.4, 0.8), "spread": (0.1, 0.2)}),
-    "magmax": Space(BROAD, fixed={"scale": 1.0}),
-    "metagpt": Space(BROAD),
-    "model_stock": Space((0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 11.0, 15.0, 20.0)),
-    "multislerp": Space(MEAN),
-    "pcb": Space(BROAD, {"density": (0.05, 0.1, 0.2, 0.4)}, {"scale": 1.0}),
-    "ram": Space(BROAD, {"plus": (False, True)}),
-    "wise_ft": Space(MEAN, fixed={"t": 1.0}),
-    # spectral
-    "tsv": Space(BROAD),
-    "iso_c": Space(BROAD),
-    "iso_cts": Space(BROAD, {"common": (0.6, 0.8)}),
-    "cart": Space(BROAD, {"density": (0.04, 0.08, 0.16, 0.32)}),
-    "star": Space(SUM, {"keep": (0.2, 0.4, 0.7)}),
-    "subspace_boosting": Space(BROAD, {"beta": (0.0, 0.01, 0.05)}),
-    "svc": Space(BROAD, {"of": ({"name": "task_arithmetic", "scale": 0.3}, {"name": "tsv"})}),
-    "larv": Space(BROAD, {"of": ({"name": "task_arithmetic", "scale": 0.3}, {"name": "iso_c"})}),
-    "orthomerge": Space(BROAD),
-    "ace": Space(BROAD, {"threshold": (0.1, 0.3)}),
-    "coram": Space(BROAD, {"height": (8, 64)}),
-    "drm": Space(MEAN, {"density": (0.05, 0.2, 0.5)}),
-    "esm": Space(BROAD, {"expert_power": (1.0, 2.0)}),
-    "free": Space(SUM, {"cutoff": (0.01, 0.05)}, {"scale": 1.0}),
-    "opcm": Space(BROAD, {"alpha": (0.3, 0.5, 0.7)}),
-    "sa_merging": Space(BROAD, {"drop": (0.1, 0.2, 0.4)}),
-    "dc_merge": Space(BROAD, {"keep": (0.1, 0.3)}),
-    "wudi": Space(BROAD, {"anchor": (0.01, 0.1, 1.0)}),
-    "core_space": Space(MEAN),
-    "knots": Space(MEAN),
-    # Gram
-    "regmean": Space(BROAD, {"alpha": (0.1, 0.5, 0.9, 1.0)}),
-    "lot": Space(BROAD, {"cutoff": (1e-6, 1e-3, 1e-2)}, {"scale": 1.0}),
-    "bmm": Space(BROAD, {"mu": (0.01, 0.1, 1.0), "anchor": ("average", "tsv")}),
-    "mats": Space(BROAD, {"alpha": (0.5, 0.9)}, {"steps": 50}),
+    # methods whose own `search` names no scale, which would leave them their default size
+    "average": Space(AS_IS),  # the reference that nothing is tuned of
     "fisher": Space(MEAN, {"floor": (1e-10, 1e-6)}),
-    "ubgm": Space(BROAD),
-    # learners: fewer steps than in the papers, with a higher rate, because of their cost
+    "karcher": Space(MEAN),
+    "multislerp": Space(MEAN),
+    # it shrinks task vectors by how little the experts agree, here to a few per cent
+    "model_stock": Space((0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 11.0, 15.0, 20.0)),
+    # its own search has the scale under another name
+    "wise_ft": Space(MEAN, fixed={"t": 1.0}),
+    # learners, which name no search: fewer steps than in the papers, with a higher rate, because
+    # of their cost
     "adamerging": Space(LEARNED, {"rate": (0.003, 0.01)}, {"steps": 60}),
-    "samerging": Space(LEARNED, {"rate": (0.003, 0.01)}, {"steps": 60, "start": 0.1}),
+    "adarank": Space(
+        LEARNED,
+        {"mask_rate": (0.01, 0.02), "learn_from": ("entropy", "expert")},
+        {"steps": 60, "rate": 0.01},
+    ),
+    "concrete": Space(LEARNED, {"rate": (0.03, 0.1), "start": (0.15, 0.3)}, {"steps": 60}),
+    "df_merge": Space(
+        LEARNED, {"bound": (0.1, 0.15, 0.3)}, {"random": 10, "steps": 20, "samples": 4}
+    ),
+    "distillation": Space(LEARNED, {"rate": (5e-5, 2e-4, 5e-4), "steps": (20, 100)}),
+    "dwise_ft": Space(LEARNED, {"rate": (0.01, 0.03)}, {"steps": 60}),
     "greedy_soup": Space(AS_IS),
+    "lorahub": Space(LEARNED, {"penalty": (0.0, 0.05)}),
     "m_loss_coefficients": Space(MEAN),
     "neulig": Space(MEAN),
+    "prodistill": Space(LEARNED, {"rate": (0.01, 0.05, 0.2), "epochs": (3, 20)}),
+    "samerging": Space(LEARNED, {"rate": (0.003, 0.01)}, {"steps": 60, "start": 0.1}),
 }
-"""By method or learner."""
+"""By method or learner, where `space_of` does not derive it."""
 
 OWN = {"dare": {"agreeing": MEAN, "sum": SUM}}
 """Scales that depend on `combine`."""
 
+_COMPANION = "its models have parts of each task's own, and here one model answers every task"
 LEFT_OUT: Mapping[str, str] = {
     "keep": "copies one model, so it is no merge",
+    "surgery": _COMPANION,
+    "surgery_v2": _COMPANION,
+    "symerge": _COMPANION,
 }
 """Members of the family that are not run, with the reason."""
 
 
 def space_of(method: str) -> Space:
-    """Return the search space of a method; the default one where the table has none."""
-    return SPACES.get(method, Space())
+    """Return the search space of a method: of `SPACES`, or else derived from its own `search`.
+
+    The scales are those that it names, or else `BROAD`; where its default is not
+    1 the parameter is held there. What is neither in the table nor a method gets the default space.
+    """
+    if method in SPACES or method not in METHODS.names():
+        return SPACES.get(method, Space())
+    cls = METHODS.get(method)
+    choices = dict(cls.search)
+    if "scale" not in choices:
+        return Space(BROAD, choices)
+    held = {} if cls.model_fields["scale"].default == 1.0 else {"scale": 1.0}
+    return Space(choices.pop("scale"), choices, held)
 
 
 def candidates(method: str, space: Space | None = None) -> list[Candidate]:

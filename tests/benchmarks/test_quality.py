@@ -74,12 +74,19 @@ def bench(quality: Mapping[str, Any], toy: Any, tmp_path: Path) -> Any:
     return made
 
 
-def test_every_method_has_the_same_number_of_candidates(quality: Mapping[str, Any]) -> None:
+def test_every_method_has_as_many_candidates_which_it_takes(quality: Mapping[str, Any]) -> None:
+    from mergewell.learners.base import LEARNERS
+    from mergewell.methods.base import METHODS
+
     spaces = quality["spaces"]
-    for name, space in spaces.SPACES.items():
-        found = spaces.candidates(name)
+    assert set(spaces.SPACES) <= {*METHODS.names(), *LEARNERS.names()}
+    for name in (*METHODS.names(), *LEARNERS.names()):
+        space, found = spaces.space_of(name), spaces.candidates(name)
         assert len(found) == (1 if space.scales == spaces.AS_IS else spaces.BUDGET), name
         assert found == spaces.candidates(name)
+        family = METHODS if name in METHODS.names() else LEARNERS
+        for candidate in found:
+            family.build(name, candidate.parameters)
         if name not in spaces.OWN:
             assert sorted(c.scale for c in found) == sorted(space.scales)
         for parameter, values in space.choices.items():
@@ -87,14 +94,16 @@ def test_every_method_has_the_same_number_of_candidates(quality: Mapping[str, An
             assert max(counts) - min(counts) <= 1, (name, parameter)
 
 
-def test_every_space_is_of_a_method_and_takes_its_parameters(quality: Mapping[str, Any]) -> None:
-    from mergewell.learners.base import LEARNERS
+def test_a_space_is_the_method_s_own_search(quality: Mapping[str, Any]) -> None:
     from mergewell.methods.base import METHODS
 
-    for name in quality["spaces"].SPACES:
-        family = METHODS if name in METHODS.names() else LEARNERS
-        for candidate in quality["spaces"].candidates(name):
-            family.build(name, candidate.parameters)
+    spaces = quality["spaces"]
+    ties = dict(METHODS.get("ties").search)
+    assert spaces.space_of("ties") == spaces.Space(ties["scale"], {"density": ties["density"]})
+    # its scale would be 0.3, and the factor on the merged task vector stands for it
+    assert spaces.space_of("task_arithmetic").fixed == {"scale": 1.0}
+    assert spaces.space_of("regmean").scales == spaces.BROAD
+    assert spaces.space_of("wise_ft").choices == {}
 
 
 def test_a_method_without_a_space_gets_the_default_one(quality: Mapping[str, Any]) -> None:
@@ -189,6 +198,18 @@ def test_a_learner_is_run_like_a_method(bench) -> None:
     bench.run("greedy_soup", retry=False, redo=False)
     rows = [row for row in bench.book.rows.values() if row["method"] == "greedy_soup"]
     assert [row["kind"] for row in rows] == ["candidate", "test"]
+
+
+def test_what_a_learner_writes_is_no_part_of_its_row(
+    quality: Mapping[str, Any], bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = quality["spaces"].Space((1.0,), fixed={"steps": 1})
+    monkeypatch.setitem(quality["spaces"].SPACES, "distillation", space)
+    bench.run("distillation", retry=False, redo=False)
+    rows = [row for row in bench.book.rows.values() if row["method"] == "distillation"]
+    assert [(row["kind"], row["parameters"], row.get("error")) for row in rows] == [
+        ("candidate", {"steps": 1}, None), ("test", {"steps": 1}, None),
+    ]  # fmt: skip
 
 
 def test_labels_and_unlabelled_inputs_choose_by_their_own_measure(
