@@ -9,7 +9,8 @@ different orders of the data. The second is aligned to the first by weights or a
 at all), the two are averaged, and the average is judged as it is and after `repair` (REPAIR; of
 networks with BatchNorm: re-estimated statistics). Alignment and repair see 500 unlabelled images
 that neither network was trained on; the judging ones are 2500 others. Three seeds; one thread; all
-seeded. Writes one row a pair, alignment and repair; prints the page's tables.
+seeded. Writes one row a pair, alignment and repair, and their means over the pairs to `--json`,
+docs/studies/alignment.json; prints the page's tables.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,6 +42,7 @@ from mergewell.models.dataflow import call, evaluating
 from mergewell.models.ensemble import simplex
 from mergewell.models.repair import repair
 
+JSON = Path(__file__).parents[2] / "docs" / "studies" / "alignment.json"
 TASKS = ("mnist", "fashion_mnist")
 SEEDS = (0, 1, 2)
 ALIGNMENTS = ("none", "weights", "activations")
@@ -313,14 +316,39 @@ def how_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+FIGURES = (
+    "accuracy", "loss", "loss_barrier", "accuracy_barrier", "line_loss_barrier",
+    "line_accuracy_barrier", "ends_accuracy", "ensemble_accuracy", "distance", "moved", "seconds",
+)  # fmt: skip
+
+
+def as_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The page's figures: mean, smallest and largest over the pairs; what was not measured is
+    left out. Accuracies are shares, losses nats; `moved` of zipit is the share within one model."""
+    found: list[dict[str, Any]] = []
+    keys = ("task", "net", "alignment", "repair")
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        own = [row for row in rows if tuple(row[key] for key in keys) == group]
+        figures: dict[str, Any] = {}
+        for name in FIGURES:
+            if held := [float(row[name]) for row in own if row[name] != ""]:
+                low, high = min(held), max(held)
+                ends = {"mean": fmean(held), "low": low, "high": high}
+                figures[name] = {key: float(f"{value:.4g}") for key, value in ends.items()}
+        found.append({**dict(zip(keys, group, strict=True)), "pairs": len(own), **figures})
+    return {"version": 1, "rows": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--net", action="append", choices=list(NETS), help="all if absent; repeat")
     parser.add_argument("--workers", type=int, default=1, help="processes; numbers stay the same")
+    parser.add_argument("--json", type=Path, default=JSON, help="the figures of the page")
     given = parser.parse_args()
     rows = study(given.data, given.net or list(NETS), given.workers, given.out)
+    given.json.write_text(json.dumps(as_data(rows), indent=1) + "\n", encoding="utf-8")
     for title, text in (
         ("Accuracy of the average, %", table(rows, "accuracy", 100, 1)),
         ("Loss barrier at the middle, nats", table(rows, "loss_barrier", 1, 2)),

@@ -12,6 +12,9 @@ each method in a process of its own, and prints the peak of `RssAnon` in /proc/s
 100 times a second, torch and Python included: done at 2000 MB or less. `--layers` writes a model
 with fewer layers, whose matrices, and so the peak, are the same. The folder is removed. `--models`
 merges models that benchmarks/speed/generate.py left (model0, model1, ...) and writes none.
+
+Each row also goes to `--out`, docs/benchmarks/spectral.json, in the place of the one of the same
+setting.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "speed"))
+
+OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "spectral.json"
+SETTING = ("method", "side", "experts", "size", "layers", "workers")
+"""What tells rows apart."""
 
 _MERGE = """
 import json, sys, threading, time
@@ -116,6 +123,17 @@ def memory_of(method: str, models: Sequence[Path], out: Path, workers: int) -> d
     return {"method": method, "experts": len(models) - 1, **json.loads(done.stdout)}
 
 
+def keep(out: Path, what: str, row: dict[str, Any]) -> None:
+    """Print a row and put it into the file of the page's figures."""
+    print(json.dumps(row), flush=True)
+    known = (
+        json.loads(out.read_text()) if out.is_file() else {"version": 1, "time": [], "memory": []}
+    )
+    own = [row.get(key) for key in SETTING]
+    known[what] = [r for r in known[what] if [r.get(key) for key in SETTING] != own] + [row]
+    out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["time", "memory"])
@@ -127,10 +145,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--models", type=Path)
+    parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     if given.what == "time":
         for method in given.methods or ["tsv", "iso_c", "iso_cts"]:
-            print(json.dumps(time_of(method, given.side, given.experts)), flush=True)
+            keep(given.out, "time", time_of(method, given.side, given.experts))
         return
     import generate
 
@@ -145,7 +164,7 @@ def main() -> None:
         for method in given.methods or ["tsv", "iso_c"]:
             row = memory_of(method, models, given.folder / f"out-{method}", given.workers)
             told = {"size": given.size, "layers": generate.SIZES[given.size][2]}
-            print(json.dumps({**row, **told}), flush=True)
+            keep(given.out, "memory", {**row, **told, "workers": given.workers})
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
 
