@@ -124,7 +124,11 @@ def tabulate(cache: Path, family: str) -> None:
     folder = cache / family
     experts = Book(folder / "experts.jsonl", EXPERT, known("experts", family))
     write("experts", family, list(experts.rows.values()))
-    fresh = list(Book(folder / "merges.jsonl", MERGE).rows.values())
+    again = Book(folder / "again.jsonl", MERGE).rows
+    fresh = [
+        _joined(row, again.get(key, {}))
+        for key, row in Book(folder / "merges.jsonl", MERGE).rows.items()
+    ]
     merges = Book(Path("/nonexistent"), MERGE, known("merges", family))
     tasks = Book(Path("/nonexistent"), TASK, known("tasks", family))
     for row in fresh:
@@ -134,6 +138,11 @@ def tabulate(cache: Path, family: str) -> None:
     for name, rows in (("merges", merges), ("tasks", tasks)):
         path = write(name, family, _sorted(rows.rows.values()))
         print(f"{path.name}: {len(rows.rows)} rows, {path.stat().st_size / 1e6:.2f} MB")
+
+
+def _joined(row: Row, again: Row) -> Row:
+    """Return a row with what `again.py` found of the same merge later."""
+    return {**row, **{k: row.get(k, {}) | again[k] for k in ("predictors", "each") if k in again}}
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:

@@ -16,6 +16,40 @@ from mergewell.models.ensemble import ensemble_outputs
 
 Numbers = dict[str, float]
 
+UNLABELLED = (
+    "u_chance",
+    "u_kl_own",
+    "u_kl_ensemble",
+    "u_kl_base_own",
+    "u_kl_base",
+    "u_kl_ensemble_own",
+    "u_agreement_own",
+    "u_agreement_ensemble",
+    "u_agreement_base",
+    "u_ensemble_own",
+    "u_base_own",
+    "u_others_own",
+    "u_others_worst",
+    "u_believed",
+    "u_held_ensemble",
+    "u_held_mix",
+    "u_held_all",
+    "u_conf",
+    "u_conf_own",
+    "u_conf_ensemble",
+    "u_conf_base",
+    "u_entropy",
+    "u_entropy_own",
+    "u_entropy_ensemble",
+    "u_mutual",
+    "u_mutual_own",
+    "u_mutual_base",
+    "u_cosine",
+    "u_cosine_ensemble",
+    "u_cosine_base_own",
+)
+"""What `answers` gives."""
+
 
 def answers(base: Tensor, experts: Sequence[Tensor], merged: Tensor, *, expert: int) -> Numbers:
     """Return the predictors of one task from all models' logits [N, C] on its inputs.

@@ -16,6 +16,15 @@ Numbers = dict[str, float]
 Each = dict[str, list[float]]
 """A number for each expert, by predictor."""
 
+OF_EXPERTS = (
+    "w_norm", "w_kept", "w_along", "w_away", "w_away_base", "w_cosine", "w_others", "w_base",
+)  # fmt: skip
+OF_MERGES = (
+    "w_experts", "w_merged_norm", "w_merged_over_mean", "w_merged_over_own", "w_cosine_with_mean",
+    "w_cosine_least", "w_norm_largest", "w_norm_ratio",
+)  # fmt: skip
+"""What `lie` gives."""
+
 _TINY = 1e-30
 
 
