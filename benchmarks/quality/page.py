@@ -16,6 +16,7 @@ from book import Book, Row, rounded
 from picture import draw
 from spaces import BUDGET, LEFT_OUT
 from summary import Line, Method, failures, methods, references, sign
+from verdict import told, verdicts
 
 from mergewell.learners.base import LEARNERS
 from mergewell.methods.base import METHODS
@@ -38,19 +39,24 @@ def main() -> None:
     given = parser.parse_args()
     books = {name: Book(given.results / f"{name}.jsonl") for name in TITLES}
     parts: list[str] = []
+    short: list[str] = []
     data: list[dict[str, Any]] = []
     for name, book in books.items():
         if not references(book):
             parts += [f"## {TITLES[name]}", "", "**Not run yet.**", ""]
             continue
         found = methods(book)
+        answers = verdicts(book, found)
+        short += [f"**{TITLES[name]}**", "", *map(told, answers), ""]
         parts += section(name, book, found)
         data.append(as_data(name, book, found))
         compared = {n: mean_of(rows) for n, rows in references(book).items() if n in COMPARED}
         draw(given.out / f"quality_{name}.svg", TITLES[name], found, compared)
     head = ABOUT.read_text(encoding="utf-8").replace("{BUDGET}", str(BUDGET))
     given.out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([head.rstrip(), "", *parts]).rstrip() + "\n"
+    before, mark, after = head.rstrip().partition("{ANSWERS}")
+    head = before + "\n".join(short).rstrip() + after if mark else before
+    text = "\n".join([head, "", *parts]).rstrip() + "\n"
     (given.out / "quality.md").write_text(text, encoding="utf-8")
     content = {"version": 1, "benchmarks": rounded(data)}
     (given.out / "quality.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -70,15 +76,15 @@ def section(name: str, book: Book, found: list[Method]) -> list[str]:
         f"Mean over tasks, {unit}; seeds with rows: {', '.join(map(str, seeds))}. "
         f"{'; '.join(reference(n, known[n]) for n in COMPARED)}.", "",
         f"![{TITLES[name]}](quality_{name}.svg)", "",
-        "Sorted by the validation score, which chose; gains are over task arithmetic tuned with "
-        f"labels{' (% lower)' if perplexity else ' (points)'}.", "",
+        "Most seeds first, then by the validation score, which chose; gains are over "
+        f"task arithmetic tuned with labels{' (% lower)' if perplexity else ' (points)'}.", "",
         "| method | needs | seeds | tuned with labels | seeds' range | worst task (kept) | gain "
         "| tuned without labels | gain | over the ensemble | setting of the first seed |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for method in found:
         lines.append(f"| {' | '.join(cells(method))} |")
-    lines += ["", *verdicts(name, book, found), *beside_public(book)]
+    lines += beside_public(book)
     failed = {**{n: f"left out: {why}" for n, why in LEFT_OUT.items()}, **failures(book)}
     waiting = [n for n in (*METHODS.names(), *LEARNERS.names()) if n not in failed]
     waiting = [n for n in waiting if n not in {method.name for method in found}]
@@ -168,42 +174,6 @@ def gain_of(line: Line, name: str) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def verdicts(name: str, book: Book, found: list[Method]) -> list[str]:
-    """Return what the benchmark says on the two questions of issue 5.
-
-    The best method is the one whose *validation* score is best, not the best on the test.
-    """
-    better = sign(book)
-    weights = [m for m in found if m.data == "weights" and m.name not in ("task_arithmetic",)]
-    few = [m for m in found if m.data != "labelled" and "unlabelled" in m.lines]
-    lines: list[str] = []
-    if weights:
-        best = max(weights, key=lambda m: better * m.lines["labels"].validation)
-        gain = best.lines["labels"].over.get("task_arithmetic", (float("nan"),) * 3)
-        lines.append(
-            f"Best weights-only method (by validation): `{best.name}`, "
-            f"{value_of(best.lines['labels'])}, {gain[0]:+.1f} [{gain[1]:+.1f}, {gain[2]:+.1f}] "
-            "over tuned task arithmetic."
-        )
-    if few:
-        best = min(few, key=lambda m: kl_of(book, m.name))
-        lines.append(
-            f"Best method without any label (method and setting chosen by KL on the unlabelled "
-            f"inputs): `{best.name}`, {value_of(best.lines['unlabelled'])}, "
-            f"{gain_of(best.lines['unlabelled'], 'ensemble')} over the uniform ensemble."
-        )
-    return ["\n".join(f"- {line}" for line in lines)]
-
-
-def kl_of(book: Book, name: str) -> float:
-    """Return a method's smallest KL to the experts on the unlabelled inputs, mean over seeds."""
-    found: dict[int, float] = {}
-    for row in book.rows.values():
-        if row["kind"] == "candidate" and row["method"] == name and "error" not in row:
-            found[row["seed"]] = min(row["kl_routed"], found.get(row["seed"], float("inf")))
-    return float(np.mean(list(found.values())))
-
-
 def as_data(name: str, book: Book, found: list[Method]) -> dict[str, Any]:
     """Return what quality.json says of one benchmark."""
     known: Mapping[str, list[Row]] = references(book)
@@ -220,6 +190,7 @@ def as_data(name: str, book: Book, found: list[Method]) -> dict[str, Any]:
             }
             for m in found
         ],
+        "answers": [answer.as_data() for answer in verdicts(book, found)],
         "failed": failures(book),
     }  # fmt: skip
 

@@ -31,6 +31,8 @@ class Line:
     worst_task: str
     worst_kept: float
     over: dict[str, tuple[float, float, float]]
+    over_seeds: dict[str, tuple[float, float]]
+    """Smallest and largest gain among the seeds."""
     settings: tuple[str, ...]
     validation: float
 
@@ -41,6 +43,7 @@ class Line:
             "high": self.high, "worst_task": self.worst_task, "worst_kept": self.worst_kept,
             "seed_low": self.spread[0], "seed_high": self.spread[1],
             "over": {name: list(gain) for name, gain in self.over.items()},
+            "over_seeds": {name: list(ends) for name, ends in self.over_seeds.items()},
             "settings": list(self.settings),
         }  # fmt: skip
 
@@ -56,7 +59,7 @@ class Method:
 
 
 def methods(book: Book) -> list[Method]:
-    """Return the methods that have a test row, the best validation score first."""
+    """Return the methods that have a test row: most seeds first, then the best validation score."""
     found: list[Method] = []
     for name in {row["method"]: None for row in book.rows.values() if row["kind"] == "test"}:
         tried = [r for r in book.rows.values() if r["kind"] == "candidate" and r["method"] == name]
@@ -66,7 +69,12 @@ def methods(book: Book) -> list[Method]:
         known = {tuning: one for tuning, one in lines.items() if one is not None}
         if known:
             found.append(Method(name, data_of(name), known, max(seconds)))
-    return sorted(found, key=lambda method: -sign(book) * method.lines["labels"].validation)
+
+    def place(method: Method) -> tuple[int, float]:
+        line = method.lines["labels"]
+        return -len(line.seeds), -sign(book) * line.validation
+
+    return sorted(found, key=place)
 
 
 def sign(book: Book) -> int:
@@ -102,9 +110,10 @@ def line(book: Book, name: str, tuning: Tuning) -> Line | None:
     names = [name for name in rows[0]["over"] if all(name in row["over"] for row in rows)]
     return Line(
         seeds=tuple(row["seed"] for row in rows), mean=mean, low=low, high=high,
-        spread=(min(r["mean"] for r in rows), max(r["mean"] for r in rows)),
+        spread=ends([row["mean"] for row in rows]),
         worst=worst["worst"], worst_task=worst["worst_task"], worst_kept=worst["worst_kept"],
         over={n: averaged([row["over"][n] for row in rows]) for n in names},
+        over_seeds={n: ends([row["over"][n][0] for row in rows]) for n in names},
         settings=tuple(settings), validation=float(np.mean(validation)),
     )  # fmt: skip
 
@@ -113,6 +122,11 @@ def averaged(gains: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """Return the mean over seeds of (value, low, high)."""
     value, low, high = np.mean(np.array(gains), axis=0).tolist()
     return value, low, high
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Return the smallest and the largest."""
+    return min(values), max(values)
 
 
 def setting(row: Row) -> str:

@@ -25,7 +25,9 @@ def quality() -> Iterator[Mapping[str, Any]]:
     """The harness's modules, by name."""
     import importlib
 
-    names = ("spaces", "benchmark", "book", "judged", "merging", "run", "summary", "page")
+    names = (
+        "spaces", "benchmark", "book", "judged", "merging", "run", "summary", "verdict", "page",
+    )  # fmt: skip
     before = set(sys.modules)
     sys.path.insert(0, str(FOLDER))
     try:
@@ -233,6 +235,33 @@ def test_judged_by_hand(quality: Mapping[str, Any]) -> None:
     assert row["low"] < 50.0 < row["high"]
 
 
+def test_an_answer_counts_the_interval_and_methods_with_every_seed(
+    quality: Mapping[str, Any],
+) -> None:
+    summary, verdict = quality["summary"], quality["verdict"]
+
+    def method(name: str, gain: tuple[float, float, float], validation: float, seeds: int) -> Any:
+        line = summary.Line(
+            seeds=tuple(range(seeds)), mean=70.0, low=69.0, high=71.0, spread=(69.0, 71.0),
+            worst=50.0, worst_task="left", worst_kept=0.5, over={"task_arithmetic": gain},
+            over_seeds={"task_arithmetic": gain[1:]}, settings=("",), validation=validation,
+        )  # fmt: skip
+        return summary.Method(name, "weights", {"labels": line}, 1.0)
+
+    book = quality["book"].Book(Path("absent"))
+    compared = method("task_arithmetic", (0.0, 0.0, 0.0), 0.9, 2)
+    lucky = method("lucky", (20.0, 19.0, 21.0), 0.99, 1)  # a seed that may be an easy one
+    for gain, answer in (
+        ((6.0, 5.5, 6.5), "Yes"),
+        ((6.0, 4.5, 7.5), "Yes by the mean, not by the whole interval"),
+        ((4.0, 2.5, 5.5), "Not shown"),
+        ((4.0, 3.5, 4.5), "No"),
+    ):
+        best, worse = method("best", gain, 0.8, 2), method("worse", (9.0, 8.0, 9.5), 0.7, 2)
+        (found,) = verdict.verdicts(book, [compared, worse, best, lucky])
+        assert (found.method, found.answer) == ("best", answer)
+
+
 def test_perplexity_is_lower_where_the_merge_is_better(quality: Mapping[str, Any]) -> None:
     logs = {"left": np.log([0.5, 0.5]), "right": np.log([0.125, 0.125])}
     own = {"left": np.log([0.5, 0.5]), "right": np.log([0.25, 0.25])}
@@ -258,6 +287,11 @@ def test_the_page_says_what_the_rows_say(
     assert "`arcee_fusion` (PlanError: arcee_fusion takes 1 experts" in text
     data = json.loads((out / "quality.json").read_text())
     one = data["benchmarks"][0]
+    first, second = one["answers"]
+    assert first["method"] == "ties"  # the only one of weights that is not what it is compared with
+    assert (first["asked"], first["over"], first["seeds"]) == (5.0, "task_arithmetic", 1)
+    assert second["method"] == "ties"
+    assert f"**{first['answer']}**: `ties` (the best of 1 by validation score)" in text
     assert {m["name"] for m in one["methods"]} == {"task_arithmetic", "ties"}
     rows = [r for r in bench.book.rows.values() if (r["kind"], r["method"]) == ("test", "ties")]
     ties = next(m for m in one["methods"] if m["name"] == "ties")
