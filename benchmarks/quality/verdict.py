@@ -97,7 +97,7 @@ def told(verdict: Verdict) -> str:
     over = {"task_arithmetic": "tuned task arithmetic", "ensemble": "the uniform ensemble"}
     spread = f", {ends[0]:+.1f} to {ends[1]:+.1f} over {seeds} seeds" if seeds > 1 else ", one seed"
     return (
-        f"- {verdict.question} **{verdict.answer}**: `{verdict.method}` (the best of {verdict.among} by "
-        f"{how}) has {verdict.line.mean:.1f}, {value:+.1f} [{low:+.1f}, {high:+.1f}] over "
+        f"- {verdict.question} **{verdict.answer}**: `{verdict.method}` (the best of "
+        f"{verdict.among} by {how}) has {verdict.line.mean:.1f}, {value:+.1f} [{low:+.1f}, {high:+.1f}] over "
         f"{over[verdict.over]}{spread}."
     )
