@@ -96,8 +96,8 @@ def told(verdict: Verdict) -> str:
     how = "validation score" if verdict.tuning == "labels" else "KL on the unlabelled inputs"
     over = {"task_arithmetic": "tuned task arithmetic", "ensemble": "the uniform ensemble"}
     spread = f", {ends[0]:+.1f} to {ends[1]:+.1f} over {seeds} seeds" if seeds > 1 else ", one seed"
+    gain = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] over {over[verdict.over]}{spread}"
     return (
         f"- {verdict.question} **{verdict.answer}**: `{verdict.method}` (the best of "
-        f"{verdict.among} by {how}) has {verdict.line.mean:.1f}, {value:+.1f} [{low:+.1f}, {high:+.1f}] over "
-        f"{over[verdict.over]}{spread}."
+        f"{verdict.among} by {how}) has {verdict.line.mean:.1f}, {gain}."
     )
