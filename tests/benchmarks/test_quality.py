@@ -121,6 +121,7 @@ def test_validation_and_test_examples_share_none(quality: Mapping[str, Any]) -> 
     assert sorted([*validation, *test]) == list(range(100))
     assert list(cut(100, 1)[0]) != list(validation)
     assert len(cut(5000, 0)[0]) == quality["benchmark"].VALIDATION
+    assert [len(cut(5000, seed)[1]) for seed in (0, 1)] == [4800, quality["benchmark"].REPORTED]
 
 
 def test_scale_is_a_factor_on_the_merged_task_vector(quality: Mapping[str, Any], bench) -> None:
