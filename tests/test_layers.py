@@ -21,6 +21,7 @@ LAYERS = [
         "plan_checks",
         "changes",
         "run",
+        "tokenizers",
         "blocks",
         "jobs",
         "verify",

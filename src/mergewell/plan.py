@@ -15,7 +15,7 @@ from mergewell.guidance import Guidance, open_guidance
 from mergewell.inputs import input_files
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
-from mergewell.plan_checks import check_needs, find, listed, warnings_about
+from mergewell.plan_checks import check_needs, find, listed, other_bases, warnings_about
 from mergewell.recipe import LayerRange, Recipe, Rule
 from mergewell.repair_step import module_source
 from mergewell.storage.adapter import AdapterCheckpoint
@@ -26,6 +26,8 @@ from mergewell.storage.manifest import Algorithm, InputFile, input_file
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import ShardLayout
 from mergewell.tensor_group import CHUNK
+from mergewell.tokenizers.joint import with_one_vocabulary
+from mergewell.tokenizers.view import VocabularyView
 
 BLOCK = 2 * CHUNK
 """Elements of a block: K + 1 of them in float32 and their temporaries stay in a core's cache."""
@@ -207,8 +209,13 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     base = open_model(recipe.base, recipe.base_layers) if recipe.base is not None else None
     experts = tuple(open_model(expert.path, expert.layers, base=base) for expert in recipe.experts)
-    reference = base if base is not None else experts[0]
-    warnings = [*recipe.notes, *warnings_about(recipe, reference, experts)]
+    based = () if base is None else (base,)
+    trained_on = other_bases(base if base is not None else experts[0], experts)
+    joint = with_one_vocabulary(recipe.tokenizer, (*based, *experts))
+    base, experts = joint.models[0] if based else None, joint.models[len(based) :]
+    reference = joint.models[0]
+    warnings = [*recipe.notes, *joint.warnings, *warnings_about(recipe, reference, experts)]
+    warnings += trained_on
     guidance = None
     if recipe.calibration is not None:
         guidance = open_guidance(recipe.calibration, (reference, *experts))
@@ -314,7 +321,8 @@ def _kept(
         )
     chosen = models[method.model]
     spec = find(chosen, name, models[0])
-    if isinstance(chosen, AdapterCheckpoint) and name in chosen.touched:
+    stored = chosen.inner if isinstance(chosen, VocabularyView) else chosen
+    if isinstance(stored, AdapterCheckpoint) and name in stored.touched:
         written = TensorSpec(name, models[0].spec(name).dtype, spec.shape)
         return TensorTask(written, method, coefficients)  # a sum that stands in no file
     return TensorTask(spec, method, coefficients, copied_from=method.model)

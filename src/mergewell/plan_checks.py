@@ -30,7 +30,6 @@ def warnings_about(
     return [
         *compare_configs(reference, experts),
         *same_paths(recipe),
-        *other_bases(reference, experts),
     ]
 
 

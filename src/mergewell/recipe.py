@@ -33,6 +33,7 @@ from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.repair_step import RepairStep
 from mergewell.storage.folder import is_there
 from mergewell.storage.manifest import MANIFEST, Manifest, manifest_at, repair_of
+from mergewell.tokenizers.choice import TokenizerChoice
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -147,6 +148,9 @@ class Recipe(BaseModel):
     repair: RepairStep | None = None
     """What `merge` mends once the weights are merged; `check` and `calibrate` look before it."""
 
+    tokenizer: TokenizerChoice | None = None
+    """Which vocabulary the result has; when absent, all models must have one and the same."""
+
     seed: int = 0
     """Seed of random methods."""
 
@@ -190,8 +194,9 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """Return a short hash that is the same for equal recipes, defaults written out or not."""
         data = self.model_dump(mode="json", exclude={"notes"})
-        if self.repair is None:
-            del data["repair"]  # recipes that were written before there was such a thing
+        for later in ("repair", "tokenizer"):  # recipes from before there was such a thing
+            if data[later] is None:
+                del data[later]
         for part, choice in [
             (data, self.method),
             *((data["rules"][i], rule.method) for i, rule in enumerate(self.rules)),
@@ -324,6 +329,7 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
             "base_layers": seen_layers(recipe.base_layers),
             "calibration": seen(recipe.calibration) if recipe.calibration is not None else None,
             "repair": recipe.repair.on(seen(recipe.repair.data)) if recipe.repair else None,
+            "tokenizer": recipe.tokenizer.moved(seen) if recipe.tokenizer else None,
             "experts": tuple(
                 expert.model_copy(
                     update={"path": seen(expert.path), "layers": seen_layers(expert.layers)}

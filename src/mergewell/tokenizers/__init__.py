@@ -1,0 +1,1 @@
+"""Vocabularies of models: compared, joined, and the rows of embeddings that go with them."""
