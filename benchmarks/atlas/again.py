@@ -22,13 +22,13 @@ from measure import Atlas, Place
 from merges import ExpertSet, Merge, recipe
 from predictors import by_inputs, by_weights, spreads
 from run import cache_folder, make_family
-from seen import look
 from table import EXPERT, MERGE, known
 
 from mergewell.plan import make_plan
+from mergewell.prediction.look import look
 from mergewell.run import merge_tensors
 
-NEW = "w_base"
+NEW = "u_cka_said"
 """A predictor that tells rows with all of them from older ones."""
 
 
@@ -48,7 +48,7 @@ class Again(Place):
         )
         state = {**self.base, **{n: t.float() for n, t in merge_tensors(plan)}}
         module = self.atlas.eye.merged(state).module
-        mine = [look(module, family.inputs(task)) for task in self.tasks]
+        mine = [look(module, family.inputs(task).batches) for task in self.tasks]
         numbers, each = by_weights(self.base, self.states, state, {})
         more, by_expert = by_inputs(family, self.heads, self.seen, mine)
         each |= by_expert

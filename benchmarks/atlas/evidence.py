@@ -16,13 +16,14 @@ from table import known
 from mergewell.prediction.answers import UNLABELLED
 from mergewell.prediction.forest import rows_of
 from mergewell.prediction.lie import OF_EXPERTS, OF_MERGES
+from mergewell.prediction.resemblance import ALIKE
 
 WEIGHTS = (*OF_EXPERTS, *OF_MERGES)
 LABELLED = ("l_right", "l_loss", "l_retention", "l_loss_rise")
 FEATURES = {
     "weights": WEIGHTS,
-    "unlabelled": (*WEIGHTS, *UNLABELLED),
-    "labelled": (*WEIGHTS, *UNLABELLED, *LABELLED),
+    "unlabelled": (*WEIGHTS, *UNLABELLED, *ALIKE),
+    "labelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *LABELLED),
 }
 TOP = 1.5
 """Retention is cut here: an expert that is worse than the merge can be so by any factor."""
@@ -42,7 +43,7 @@ class Evidence:
             merges = {_key(row): row for row in known("merges", family)}
             for row in known("tasks", family):
                 merge = merges[_key(row)]
-                if row.get("w_base") is None:
+                if row.get("u_cka_said") is None:
                     continue
                 found.append({**merge, **row, "of": (family, *_key(row)), "family": family})
         return cls(found)

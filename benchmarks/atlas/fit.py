@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import trees
-from evidence import FEATURES, LABELLED, Evidence
+from evidence import FEATURES, Evidence
 from table import RESULTS, spearman
 
 from mergewell.prediction.forest import Forest

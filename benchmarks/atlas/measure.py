@@ -23,7 +23,7 @@ from predictors import (
     spreads,
 )
 from pulls import Pulls
-from seen import Eye, Seen, look
+from seen import Eye
 from torch import Tensor, nn
 
 from mergewell.calibration.collect import calibrate
@@ -38,6 +38,7 @@ from mergewell.models.ensemble import ensemble_outputs
 from mergewell.models.loader import load_state
 from mergewell.models.trace import trace
 from mergewell.plan import make_plan
+from mergewell.prediction.look import Seen, look
 from mergewell.run import merge_tensors
 
 BASE = "base"
@@ -151,7 +152,7 @@ class Place:
         state = {**self.base, **{n: t.float() for n, t in merge_tensors(plan)}}
         clock.lap("merge_s")
         runner = atlas.eye.merged(state)
-        seen = {task: look(runner.module, family.inputs(task)) for task in self.unique}
+        seen = {task: look(runner.module, family.inputs(task).batches) for task in self.unique}
         measured = self._measured(runner)
         clock.lap("test_s")
         shares = simplex(merge.coefficients)
@@ -229,8 +230,8 @@ class Place:
 
     def _outputs(self, merged: Mapping[str, Seen]) -> Tensor:
         models = range(len(self.states) + 1)
-        known = [torch.cat([self._pooled(k, t).outputs for t in merged]) for k in models]
-        return torch.stack([*known, torch.cat([one.outputs for one in merged.values()])])
+        known = [torch.cat([_whole(self._pooled(k, t)) for t in merged]) for k in models]
+        return torch.stack([*known, torch.cat([_whole(one) for one in merged.values()])])
 
     def calibration(self, merge: Merge) -> Path | None:
         """Return the statistics of the experts' inputs that a method is made from."""
@@ -262,6 +263,10 @@ def _base_state(path: Path) -> State:
 
 def _right(logits: Tensor, answers: Tensor) -> float:
     return float((logits.argmax(-1) == answers).double().mean())
+
+
+def _whole(seen: Seen) -> Tensor:
+    return torch.cat(seen.outputs)
 
 
 def _copied(batch: Any) -> Any:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from family import Family, State
-from seen import Seen
 from torch import Tensor
 from torch.nn import functional
 
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence
 from mergewell.prediction.answers import answers
 from mergewell.prediction.lie import Each, Numbers, lie, products
-from mergewell.statistics.activation_cka import linear_cka
+from mergewell.prediction.look import Seen
+from mergewell.prediction.resemblance import resemblance
 from mergewell.statistics.subspaces import EXACT, MatrixSubspaces, alignment, decompose
 
 BUDGET = {
@@ -123,23 +123,14 @@ def by_inputs(
     task, `merged[j]` what the merge made of them.
     """
     each: Each = {}
-
-    def add(name: str, value: float) -> None:
-        each.setdefault(name, []).append(value)
-
     for j, head in enumerate(heads):
-        base, *experts = [family.logits(own[k][j].outputs, head) for k in range(len(heads) + 1)]
-        ours = family.logits(merged[j].outputs, head)
-        for name, value in answers(base, experts, ours, expert=j).items():
-            add(name, value)
-        mine, theirs = merged[j].outputs, own[j + 1][j].outputs
-        add("u_output_away", _away(mine, theirs))
-        add("u_output_cosine", _mean(functional.cosine_similarity(mine, theirs)))
-        add("u_output_norm", float(mine.norm() / theirs.norm().clamp(min=1e-12)))
-        add("u_cka_own", float(linear_cka(torch.stack([mine, theirs]))[0, 1]))
-        add("u_base_away", _away(own[0][j].outputs, theirs))
-        middle = list(merged[j].blocks)[len(merged[j].blocks) // 2]
-        add("u_middle_away", _away(merged[j].blocks[middle], own[j + 1][j].blocks[middle]))
+        models = [*(seen[j] for seen in own), merged[j]]
+        base, *experts, ours = [family.logits(_whole(one), head) for one in models]
+        found = answers(base, experts, ours, expert=j) | resemblance(
+            [one.last for one in models], [one.middle for one in models], experts, expert=j
+        )
+        for name, value in found.items():
+            each.setdefault(name, []).append(value)
     return {}, each
 
 
@@ -160,11 +151,11 @@ def by_labels(
     each: Each = {"l_right": [], "l_loss": [], "l_retention": [], "l_loss_rise": []}
     for j, head in enumerate(heads):
         for k in range(count + 1):
-            said = family.logits(own[k][j].outputs, head).argmax(-1)
+            said = family.logits(_whole(own[k][j]), head).argmax(-1)
             hits[k, j] = float((said == labels[j]).double().mean())
-        logits = family.logits(merged[j].outputs, head)
+        logits = family.logits(_whole(merged[j]), head)
         loss = float(functional.cross_entropy(logits, labels[j]))
-        theirs = functional.cross_entropy(family.logits(own[j + 1][j].outputs, head), labels[j])
+        theirs = functional.cross_entropy(family.logits(_whole(own[j + 1][j]), head), labels[j])
         right = float((logits.argmax(-1) == labels[j]).double().mean())
         each["l_right"].append(right)
         each["l_loss"].append(loss)
@@ -187,9 +178,5 @@ def gradient_pairs(vectors: Sequence[Tensor], name: str) -> Numbers:
     return {k: v for key, vs in found.items() for k, v in spread(f"{name}_{key}", vs).items()}
 
 
-def _away(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm().clamp(min=1e-12))
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
+def _whole(seen: Seen) -> Tensor:
+    return torch.cat(seen.outputs)

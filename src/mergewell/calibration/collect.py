@@ -183,8 +183,8 @@ class _Collector:
         if self._data.mode == "own":
             self._own.compare(self._units_in(step.module), step.batch)
         if step.is_block:
-            node_dim = _node_dim(self.skeletons[BASE].module.get_submodule(step.module), outputs[0])
-            self._see_block(step.module, step.visit, outputs, number, node_dim)
+            dim = node_dim(self.skeletons[BASE].module.get_submodule(step.module), outputs[0])
+            self._see_block(step.module, step.visit, outputs, number, dim)
 
     def see_gradients(
         self, likelihood: Likelihood, indices: Sequence[int], on_step: OnStep | None
@@ -307,7 +307,7 @@ def _within(module: str, whole: str) -> bool:
     return module == whole or not whole or module.startswith(f"{whole}.")
 
 
-def _node_dim(block: nn.Module, output: object) -> int:
+def node_dim(block: nn.Module, output: object) -> int:
     """Return 1 where a block's output counts nodes like its convolutions do, else -1."""
     found = tensors(output)
     shape = found[0].shape if found else ()

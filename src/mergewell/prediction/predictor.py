@@ -80,12 +80,12 @@ class Predictor:
         each = tuple(_range(v, w, low, high) for v, w in zip(values, widths, strict=True))
         low, high = self.facts["quantiles"][size_class(len(experts))]
         with np.errstate(invalid="ignore"):
-            beyond = ((rows < self.least) | (rows > self.most)).any(0)
+            beyond = np.any((rows < self.least) | (rows > self.most), axis=0)
         return Predicted(
             _range(float(values.mean()), float(widths.mean()), low, high),
             each,
             tuple(map(float, self.broken(rows).clip(0, 1))),
-            tuple(name for name, out in zip(self.features, beyond, strict=True) if out),
+            tuple(self.features[index] for index in np.flatnonzero(beyond)),
         )
 
     def widths(self, rows: Numbers, values: Numbers) -> Numbers:
