@@ -31,6 +31,9 @@ ALARMS = 0.04
 """Share of compatible sets that the threshold of the alarm lets through as broken: under the 5 %
 that are promised, since it is estimated."""
 
+SHOWN = 400
+"""Merges of the atlas that a report draws."""
+
 MONOTONE = {
     "u_held_ensemble": trees.RISING, "u_agreement_ensemble": trees.RISING,
     "u_kl_ensemble": trees.FALLING, "l_right": trees.RISING, "l_loss_rise": trees.FALLING,
@@ -260,7 +263,8 @@ def main() -> None:
                 print(budget, name, json.dumps(told[name], default=float))
             told["points"] = points(of, found)
         study["budgets"][budget] = told
-        facts = {**size, "alarm": told["alarms"]["threshold"]}
+        shown = np.random.default_rng(0).permutation(points(of, found))[:SHOWN].tolist()
+        facts = {**size, "alarm": told["alarms"]["threshold"], "points": shown}
         path = DATA / f"{budget}.safetensors"
         path.write_bytes(ship(of, budget, found, facts).to_bytes())  # type: ignore[arg-type]
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mergewell.blocks import explain_not_finite
@@ -24,6 +25,12 @@ from mergewell.errors import RecipeError
 from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
+from mergewell.prediction.predict import (
+    Prediction,
+    own_tasks,
+    predict_by_inputs,
+    predict_by_weights,
+)
 from mergewell.report.results import Check, Cutoffs
 from mergewell.report.results import LayerMLoss as LayerRow
 from mergewell.statistics.task_vector_sums import TaskVectorSums
@@ -41,6 +48,9 @@ def check(
     """Return whether the experts of a plan will merge; `names` are their short names.
 
     What takes long on large models (matrices decomposed, entries ranked) is done if `deep`.
+
+    What the merge will keep is predicted from the weights, and from what all models answer where
+    `data` say of each input whose task it is; then several merges are made in memory.
 
     The plan's recipe says what "merged" means where M-Loss runs the merged model. What running the
     models shows is taken from `calibration`, if given, and else gathered on `data`, if given.
@@ -70,6 +80,7 @@ def check(
         **(_matrices(plan, on_step) if deep else {}),
         **_activations(calibration),
     )
+    prediction = _prediction(plan, names, sums, data, on_step)
     asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
     answers = [(one, one.measure(evidence)) for one in asked]
     unanswered = {
@@ -86,6 +97,7 @@ def check(
         mode=calibration.head.mode if calibration is not None else None,
         layers=tuple(layer_row(layer) for layer in layers),
         predictors=_flat(findings),
+        prediction=prediction.as_data() if prediction is not None else None,
         verdict=_verdict(deciding, len(names)),
         level=_worst(deciding),
         uncovered=tuple(uncovered),
@@ -99,6 +111,27 @@ def check(
         unmeasured=dict(evidence.unmeasured),
         cutoffs=Cutoffs(fair=FAIR, poor=POOR),
     )
+
+
+def _prediction(
+    plan: Plan,
+    names: Sequence[str],
+    sums: Mapping[str, TaskVectorSums],
+    data: Data | None,
+    on_step: OnStep | None,
+) -> Prediction | None:
+    """Return what the merge will keep; nothing is expected where nothing moved."""
+    moved = [s.products for s in sums.values() if bool((s.products.diagonal()[1:] > 0).any())]
+    if len(names) < 2 or not moved:
+        return None
+    total = torch.stack(moved).sum(0)
+    if not bool((total.diagonal()[1:] > 0).all()):
+        return None
+    tasks = own_tasks(data) if data is not None else []
+    if len(tasks) == len(names):
+        assert data is not None
+        return predict_by_inputs(plan, names, tasks, data.factory, on_step=on_step)
+    return predict_by_weights(total, names, [one.coefficient for one in plan.recipe.experts])
 
 
 def layer_row(layer: LayerMLoss) -> LayerRow:

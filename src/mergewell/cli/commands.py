@@ -25,7 +25,7 @@ def check(
     *,
     base: str | None,
     experts: Sequence[str],
-    data: str | None,
+    data: Sequence[str],
     calibration: Path | None,
     mode: str,
     samples: int,
@@ -48,13 +48,13 @@ def check(
     recipe = chosen_recipe(
         recipe_file, base=base, experts=experts, method=method, settings=settings
     )
-    if calibration is not None and data is not None:
+    if calibration is not None and data:
         raise DataError("--calibration and --data exclude each other; drop one.")
     planned = make_plan(recipe)
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     used = None
-    if data is not None:
+    if data:
         used = read_data(recipe, data, mode=mode, samples=samples, model_factory=model_factory)
     with steps() as shown:
         found = checking.check(

@@ -85,7 +85,14 @@ def check(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe; or use the flags.")] = None,
     base: Base = None,
     expert: Experts = None,
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Unlabelled inputs: .jsonl, folder, .safetensors, .npz; once, or once an expert, "
+            "of its task: then what merges keep is predicted from them.",
+        ),
+    ] = None,
     mode: Mode = "merged",
     samples: Samples = 128,
     model_factory: Factory = None,
@@ -108,8 +115,8 @@ def check(
     from mergewell.cli import commands
 
     commands.check(
-        recipe, base=base, experts=expert or [], data=data, calibration=calibration, mode=mode,
-        samples=samples, model_factory=model_factory, method=method, settings=set_ or [],
+        recipe, base=base, experts=expert or [], data=data or [], calibration=calibration,
+        mode=mode, samples=samples, model_factory=model_factory, method=method, settings=set_ or [],
         deep=deep, json_file=json, html_file=html,
     )  # fmt: skip
 

@@ -41,7 +41,10 @@ class LearningTask:
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of a batch, one row [C] for each answer; padding is left out."""
-        output = first_output(module, batch)
+        return self.read(first_output(module, batch), batch)
+
+    def read(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the logits that a module's first output for a batch gives, as `logits`."""
         logits = self.head(output) if self.head is not None else output
         if logits.dim() < 3:
             return logits

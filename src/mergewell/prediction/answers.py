@@ -120,7 +120,9 @@ def _entropy(logs: Tensor) -> float:
 
 def _mutual(logs: Tensor) -> float:
     mean = logs.exp().mean(0)
-    return float(-torch.xlogy(mean, mean).sum()) / log(logs.shape[-1]) - _entropy(logs)
+    return float(-(mean * mean.clamp(min=1e-300).log()).sum()) / log(logs.shape[-1]) - _entropy(
+        logs
+    )
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

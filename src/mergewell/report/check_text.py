@@ -19,6 +19,7 @@ from mergewell.report import findings, svg
 from mergewell.report.layer_figures import BARS, axis_end, drawn_bars
 from mergewell.report.numbers import counted, fine_percent
 from mergewell.report.place_figures import pooled
+from mergewell.report.prediction import Prediction, outlook, prediction_of, span
 from mergewell.report.results import WHOLES, Check, Finding, LayerMLoss, Level
 
 STYLES: dict[Level, str] = {"good": "green", "fair": "yellow", "poor": "bold red"}
@@ -35,6 +36,9 @@ def show_check(check: Check, console: Console) -> None:
     page = _Page(console)
     level = check.level or findings.worst_level(check)
     page.line(page.level(level), page.text(check.verdict, "bold"))
+    expected = prediction_of(check)
+    if expected is not None:
+        page.expected(expected)
     decide = findings.deciding(check)
     if decide:
         page.head("Why")
@@ -125,6 +129,18 @@ class _Page:
         for row in held:
             table.add_row(*(row[index] for index in used))
         self.console.print(Padding(table, (0, 0, 0, 2)), highlight=False)
+
+    def expected(self, prediction: Prediction) -> None:
+        """Print what is expected of each merge."""
+        found = outlook(prediction)
+        self.head("What to expect")
+        self.line(Text(" "), self.text(found.headline))
+        for line in found.lines:
+            self.console.print(Padding(self.text(line, "dim"), (0, 0, 0, 2)), highlight=False)
+        if len(found.rows) > 1:
+            self.grid(
+                (self.text(one.name), self.text(span(one.mean)), "", "") for one in found.rows
+            )
 
     def layers(self, layers: Sequence[LayerMLoss], check: Check) -> None:
         """Print M-Loss as bars that end with the data; of very many layers the worst."""

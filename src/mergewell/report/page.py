@@ -12,7 +12,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mergewell.report import figures, findings, layer_figures, numbers, place_figures, story
+from mergewell.report import (
+    figures,
+    findings,
+    layer_figures,
+    numbers,
+    place_figures,
+    prediction,
+    story,
+)
 from mergewell.report.files import write_page_text
 from mergewell.report.html import render
 from mergewell.report.results import (
@@ -52,7 +60,21 @@ def write_check_page(check: Check, path: Path) -> Path:
 def render_page(results: Results) -> str:
     """Return the page as one HTML text; what the results do not hold is left out."""
     values = {"results": results, "check": results.check, **_told(results), **_drawn(results)}
+    values |= _expected(results.check)
     return render("page.html.jinja", {**values, **_found(results)})
+
+
+def _expected(check: Check | None) -> dict[str, Any]:
+    """Return what the check predicts, in sentences and drawn over what the atlas measured."""
+    found = prediction.prediction_of(check) if check is not None else None
+    if found is None:
+        return {"outlook": None}
+    return {
+        "outlook": prediction.outlook(found),
+        "span": prediction.span,
+        "scatter": Markup(prediction.scatter(found)) if found.points else "",
+        "sizes": found.sizes,
+    }
 
 
 def _told(results: Results) -> dict[str, Any]:

@@ -1,0 +1,266 @@
+"""What to expect of merging a plan's experts, by several methods: before any file is written.
+
+Shapes: K experts, M = K + 1 vectors, the base first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergewell.calibration.data import Data, first_samples
+from mergewell.descent.tasks import LearningTask
+from mergewell.models.dataflow import Batch
+from mergewell.models.loader import load_state
+from mergewell.plan import Plan, make_plan
+from mergewell.prediction.answers import answers
+from mergewell.prediction.lie import lie, products
+from mergewell.prediction.look import Seen, look
+from mergewell.prediction.predictor import LEVEL, Budget, Predicted, shipped
+from mergewell.prediction.resemblance import resemblance
+from mergewell.recipe import make_recipe
+from mergewell.run import merge_tensors
+
+State = Mapping[str, Tensor]
+OnStep = Callable[[str, int, int], None]
+
+METHODS: tuple[Mapping[str, Any], ...] = (
+    {"name": "average"},
+    {"name": "task_arithmetic", "scale": 0.3},
+    {"name": "ties", "density": 0.2, "scale": 1.0},
+    {"name": "tsv", "scale": 1.0},
+    {"name": "iso_c", "scale": 1.0},
+)
+"""What is compared unless the caller says otherwise; none was chosen on the atlas."""
+
+LINEAR = {"average": None, "task_arithmetic": "scale"}
+"""Methods whose merge follows from inner products of the task vectors alone."""
+
+INPUTS = 16
+"""Inputs of each task that are looked at: the number that the predictor was fitted with."""
+
+WORTH = 0.02
+"""Gain in mean retention from which leaving an expert out is worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """One way to merge, and what is expected of it."""
+
+    method: Mapping[str, Any]
+    predicted: Predicted
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An expert without which the others would keep more."""
+
+    expert: str
+    gain: float
+    """In mean retention of the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What to expect of merging some experts."""
+
+    budget: Budget
+    experts: tuple[str, ...]
+    merges: tuple[Expected, ...]
+    """The best first."""
+
+    drop: Dropped | None
+    sizes: tuple[tuple[tuple[str, ...], float], ...]
+    """For K experts, K - 1, ... 2: which an average is best of, and its mean retention."""
+
+    alarms: tuple[str, ...]
+    """Experts that look unfit to be merged with the others: another base, permuted, overgrown."""
+
+    @property
+    def best(self) -> Expected:
+        """The merge of which most is expected."""
+        return self.merges[0]
+
+    def as_data(self) -> dict[str, Any]:
+        """Return everything as the contract of `check --json` has it."""
+        facts = shipped(self.budget).facts
+        return {
+            "level": LEVEL,
+            "budget": self.budget,
+            "merges": [
+                {
+                    "method": dict(each.method),
+                    "mean": asdict(each.predicted.mean),
+                    "experts": {
+                        name: asdict(one)
+                        for name, one in zip(self.experts, each.predicted.experts, strict=True)
+                    },
+                    "outside": list(each.predicted.outside),
+                }
+                for each in self.merges
+            ],
+            "drop": asdict(self.drop) if self.drop else None,
+            "sizes": [{"experts": list(names), "mean": mean} for names, mean in self.sizes],
+            "alarms": list(self.alarms),
+            "fitted_to": {key: facts[key] for key in ("merges", "experts", "bases", "tasks")},
+            "points": facts.get("points", []),
+        }
+
+
+def predict_by_weights(
+    total: Tensor, names: Sequence[str], coefficients: Sequence[float] | None = None
+) -> Prediction:
+    """Return what inner products of the base and the task vectors, [M, M], let expect.
+
+    Only linear merges follow from these: the average, and the sum at a scale of 0.3.
+    """
+    shares = [1.0] * len(names) if coefficients is None else coefficients
+    merges = [
+        Expected(method, _linear(total, shares, method))
+        for method in METHODS
+        if method["name"] in LINEAR
+    ]
+    return _prediction("weights", names, merges, total)
+
+
+def predict_by_inputs(
+    plan: Plan,
+    names: Sequence[str],
+    tasks: Sequence[LearningTask],
+    factory: Callable[[], nn.Module],
+    *,
+    methods: Sequence[Mapping[str, Any]] = METHODS,
+    on_step: OnStep | None = None,
+) -> Prediction:
+    """Return what the answers to a few unlabelled inputs of each expert's task let expect.
+
+    Each method's merge is made in memory, which has to hold K + 2 models, and run on all inputs.
+    `tasks` are those of the experts, in their order; the module gives logits.
+
+    Raises:
+        UserError: as `make_plan`, `merge_tensors` and `load_state`.
+    """
+    assert plan.base is not None
+    module = factory()
+    base = {name: plan.base[name] for name in plan.base}
+    states = [{name: one[name] for name in one} for one in plan.experts]
+    count = len(states) + 1 + len(methods)
+
+    def seen(state: State, number: int) -> list[Seen]:
+        load_state(module, state)
+        found = [look(module, task.batches) for task in tasks]
+        if on_step is not None:
+            on_step("prediction", number, count)
+        return found
+
+    own = [seen(state, number) for number, state in enumerate((base, *states), 1)]
+    merges: list[Expected] = []
+    total = torch.zeros(())
+    for number, method in enumerate(methods, len(own) + 1):
+        recipe = make_recipe({**plan.recipe.as_data(), "method": dict(method), "dtype": "float32"})
+        merged = {**base, **dict(merge_tensors(make_plan(recipe)))}
+        total = products(base, states, merged)
+        numbers, each = lie(total)
+        ours = seen(merged, number)
+        rows = [
+            numbers
+            | {name: values[place] for name, values in each.items()}
+            | _answered(task, [*(one[place] for one in own), ours[place]], place)
+            for place, task in enumerate(tasks)
+        ]
+        merges.append(Expected(method, shipped("unlabelled")(rows)))
+    return _prediction("unlabelled", names, merges, total[:-1, :-1])
+
+
+def own_tasks(data: Data, inputs: int = INPUTS) -> list[LearningTask]:
+    """Return the first inputs of each expert's task, in the order of the experts."""
+    found: dict[int, list[Batch]] = {}
+    room: dict[int, int] = {}
+    for number, owner in enumerate(data.owners):
+        left = room.setdefault(owner, inputs)
+        if left > 0:
+            found.setdefault(owner, []).append(first_samples([data.batches[number]], left))
+            room[owner] = left - data.samples_in(number)
+    return [LearningTask(owner, found[owner]) for owner in sorted(found)]
+
+
+def _answered(task: LearningTask, models: Sequence[Seen], place: int) -> dict[str, float]:
+    logits = [
+        torch.cat([task.read(output, b) for output, b in zip(s.outputs, task.batches, strict=True)])
+        for s in models
+    ]
+    base, *experts, merged = logits
+    return answers(base, experts, merged, expert=place) | resemblance(
+        [one.last for one in models], [one.middle for one in models], experts, expert=place
+    )
+
+
+def _prediction(
+    budget: Budget, names: Sequence[str], merges: Sequence[Expected], total: Tensor
+) -> Prediction:
+    ordered = tuple(sorted(merges, key=lambda each: -each.predicted.mean.value))
+    threshold = float(shipped(budget).facts["alarm"])
+    broken = [max(e.predicted.broken[k] for e in merges) for k in range(len(names))]
+    return Prediction(
+        budget,
+        tuple(names),
+        ordered,
+        _drop(names, total),
+        _sizes(names, total),
+        tuple(n for n, sure in zip(names, broken, strict=True) if sure > threshold),
+    )
+
+
+def _linear(total: Tensor, coefficients: Sequence[float], method: Mapping[str, Any]) -> Predicted:
+    """Return what is expected of an average or a scaled sum, from inner products alone."""
+    weights = torch.tensor(coefficients, dtype=torch.float64)
+    scale = method.get("scale", 1 / max(float(weights.sum()), 1e-12))
+    count = len(weights)
+    numbers, each = lie(lifted(total, (scale * weights).tolist()))
+    rows = [numbers | {name: v[k] for name, v in each.items()} for k in range(count)]
+    return shipped("weights")(rows)
+
+
+def lifted(total: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return inner products [M, M] with those of a weighted sum of the task vectors beside them."""
+    lift = torch.zeros(len(total) + 1, len(total), dtype=torch.float64)
+    lift[:-1] = torch.eye(len(total))
+    lift[-1, 1:] = torch.tensor(weights, dtype=torch.float64)
+    return lift @ total.double() @ lift.T
+
+
+def _averaged(total: Tensor, kept: Sequence[int]) -> Predicted:
+    places = torch.tensor([0, *(k + 1 for k in kept)])
+    return _linear(total[places][:, places], [1.0] * len(kept), METHODS[0])
+
+
+def _drop(names: Sequence[str], total: Tensor) -> Dropped | None:
+    """Return the expert whose absence helps the others' average most, if it does."""
+    count = len(names)
+    if count < 3:
+        return None
+    whole = [one.value for one in _averaged(total, range(count)).experts]
+    gains = [
+        _averaged(total, [k for k in range(count) if k != out]).mean.value
+        - sum(v for k, v in enumerate(whole) if k != out) / (count - 1)
+        for out in range(count)
+    ]
+    best = max(range(count), key=gains.__getitem__)
+    return Dropped(names[best], gains[best]) if gains[best] >= WORTH else None
+
+
+def _sizes(names: Sequence[str], total: Tensor) -> tuple[tuple[tuple[str, ...], float], ...]:
+    """Return the best average of each size, found by leaving out one expert after another."""
+    kept: list[int] = list(range(len(names)))
+    found = [(tuple(names), _averaged(total, kept).mean.value)]
+    while len(kept) > 2:
+        tries: list[list[int]] = [[k for k in kept if k != out] for out in kept]
+        values = [_averaged(total, one).mean.value for one in tries]
+        best = max(range(len(tries)), key=values.__getitem__)
+        kept = tries[best]
+        found.append((tuple(names[k] for k in kept), values[best]))
+    return tuple(found)
