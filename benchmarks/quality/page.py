@@ -51,7 +51,8 @@ def main() -> None:
         parts += section(name, book, found)
         data.append(as_data(name, book, found))
         compared = {n: mean_of(rows) for n, rows in references(book).items() if n in COMPARED}
-        draw(given.out / f"quality_{name}.svg", TITLES[name], found, compared)
+        out = given.out / f"quality_{name}.svg"
+        draw(out, TITLES[name], found, compared, better=sign(book))
     head = ABOUT.read_text(encoding="utf-8").replace("{BUDGET}", str(BUDGET))
     given.out.mkdir(parents=True, exist_ok=True)
     before, mark, after = head.rstrip().partition("{ANSWERS}")

@@ -1,4 +1,7 @@
-"""The picture of a benchmark: a dot with its interval for each method, best first."""
+"""The picture of a benchmark: a dot with its interval for each method, best first.
+
+Methods with fewer seeds than the others say so: their seeds may be the easier or the harder ones.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,23 @@ from summary import Method
 
 from mergewell.report.svg import add, written
 
-LEFT, WIDTH, ROW, TOP = 150, 720, 17, 34
+LEFT, WIDTH, ROW, TOP = 230, 820, 17, 34
 COLOURS = {"weights": "#1f6feb", "unlabelled": "#bf5700", "labelled": "#6e7781"}
 MARKS = {"labels": "filled", "unlabelled": "hollow"}
 
 
-def draw(path: Path, title: str, methods: list[Method], lines: Mapping[str, float]) -> None:
-    """Write the picture; `lines` are values to compare with, such as the ensemble's."""
-    rows = sorted(methods, key=lambda method: method.lines["labels"].mean)
+def draw(
+    path: Path, title: str, methods: list[Method], lines: Mapping[str, float], *, better: int
+) -> None:
+    """Write the picture; `lines` are values to compare with, such as the ensemble's.
+
+    `better` is 1 where higher is better, or else -1.
+    """
+    rows = sorted(methods, key=lambda method: -better * method.lines["labels"].mean)
+    seeds = max(len(method.lines["labels"].seeds) for method in methods)
     values = [*lines.values(), *(m.lines["labels"].low for m in rows)]
     values += [m.lines["labels"].high for m in rows]
+    values += [end for m in rows for line in m.lines.values() for end in line.spread]
     low, high = min(values), max(values)
     height = TOP + ROW * len(rows) + 40
 
@@ -45,11 +55,16 @@ def draw(path: Path, title: str, methods: list[Method], lines: Mapping[str, floa
     for number, method in enumerate(rows):
         y = TOP + ROW * number + ROW / 2
         colour = COLOURS[method.data]
-        add(root, "text", {"x": LEFT, "y": y + 4, "text-anchor": "end"}, method.name)
+        count = len(method.lines["labels"].seeds)
+        name = method.name if count == seeds else f"{method.name} ({count} of {seeds} seeds)"
+        add(root, "text", {"x": LEFT, "y": y + 4, "text-anchor": "end"}, name)
         for tuning, line in method.lines.items():
             if tuning == "labels":
                 ends = {"x1": x(line.low), "x2": x(line.high), "y1": y, "y2": y}
                 add(root, "line", {**ends, "stroke": colour, "stroke-width": 1.5})
+                for value in line.spread if count > 1 else ():
+                    tick = {"x1": x(value), "x2": x(value), "y1": y - 5, "y2": y + 5}
+                    add(root, "line", {**tick, "stroke": colour})
             fill = colour if tuning == "labels" else "white"
             circle = {"cx": x(line.mean), "cy": y, "r": 4 if tuning == "labels" else 3}
             add(root, "circle", {**circle, "fill": fill, "stroke": colour})
@@ -57,7 +72,8 @@ def draw(path: Path, title: str, methods: list[Method], lines: Mapping[str, floa
         value = low + (high - low) * share / 4
         spot = {"x": x(value), "y": height - 20, "text-anchor": "middle", "fill": "#555"}
         add(root, "text", spot, f"{value:.1f}")
-    legend = "filled: tuned with labels, 95 % over examples; hollow: without. "
+    legend = "filled: tuned with labels, 95 % over examples, ticks: worst and best seed; "
+    legend += "hollow: without labels. "
     legend += "blue: weights only; orange: unlabelled inputs; grey: labelled."
     add(root, "text", {"x": 10, "y": height - 5, "fill": "#555"}, legend)
     path.parent.mkdir(parents=True, exist_ok=True)
