@@ -228,7 +228,7 @@ def test_check_on_weights_alone(tmp_path: Path, mergewell_here: Callable[..., Ra
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["version"] == 1 and found["experts"] == ["expert0", "expert1", "expert2"]
-    assert found["layers"] == [] and found["prediction"] is None
+    assert found["layers"] == [] and found["prediction"]["budget"] == "weights"
     assert len(found["predictors"]["cosine"]) == 3
     assert 0.3 < found["predictors"]["sign_conflict"] < 0.5  # unrelated: 1 - 1 / sqrt(3) = 0.42
     assert "<html" in page.read_text()

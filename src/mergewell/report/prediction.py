@@ -16,6 +16,19 @@ WORDS: Mapping[str, str] = {
 }
 
 
+_MOVED = "how far they moved from the base"
+_WORDS: Mapping[str, str] = {
+    "w_norm": _MOVED, "w_away_base": _MOVED, "w_merged_norm": _MOVED, "w_norm_largest": _MOVED,
+    "w_base": _MOVED, "w_experts": "how many they are", "u_chance": "the number of classes",
+    "w_norm_ratio": "how differently far they moved",
+}  # fmt: skip
+_REST = {
+    "w_": "how their task vectors lie to one another", "u_": "what they answer",
+    "l_": "how often they are right",
+}  # fmt: skip
+"""What features are about, as a reader would say it."""
+
+
 class Range(Record):
     """A predicted retention and the interval that held 9 of 10 measured ones."""
 
@@ -107,8 +120,7 @@ def outlook(of: Prediction) -> Outlook:
     if best.outside:
         lines.append(
             "These models lie outside what the prediction was fitted to "
-            f"({listed(best.outside[:3])}{' and more' if len(best.outside) > 3 else ''}); take it "
-            "as a guess."
+            f"({listed(_strange(best.outside))}); take it as a guess."
         )
     facts = of.fitted_to
     lines.append(
@@ -116,6 +128,11 @@ def outlook(of: Prediction) -> Outlook:
         f"experts; {100 * of.level:.0f} % of the intervals should hold what an evaluation finds."
     )
     return Outlook(headline, tuple(lines), of.merges)
+
+
+def _strange(features: Sequence[str]) -> tuple[str, ...]:
+    """Return what features say, in words, each once."""
+    return tuple(dict.fromkeys(_WORDS.get(one, _REST[one[:2]]) for one in features))
 
 
 def span(one: Range) -> str:
