@@ -21,6 +21,8 @@ LAYERS = [
         "plan_checks",
         "changes",
         "run",
+        "opening",
+        "stages",
         "tokenizers",
         "blocks",
         "jobs",
@@ -50,7 +52,7 @@ LAYERS = [
         "distil",
         "surgery",
     },
-    {"report", "tune", "advise", "check", "demo"},
+    {"report", "tune", "advise", "check", "demo", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

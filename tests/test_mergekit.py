@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import save_adapter
 from parity.mergekit_cases import (
     DETERMINISTIC,
     LAYERS,
@@ -33,6 +34,7 @@ from mergewell.plan import make_plan
 from mergewell.recipe import Recipe, make_recipe, read_recipe
 from mergewell.run import merge_tensors, run
 
+_QUERY = "model.layers.0.self_attn.q_proj.weight"
 PARITY = Path(__file__).parent / "parity" / "mergekit"
 
 
@@ -196,20 +198,28 @@ def test_the_shapes_plan_and_run(name: str, halves: Path, tmp_path: Path) -> Non
     assert config["num_hidden_layers"] == layers
 
 
-def test_the_fifth_shape_is_refused_by_name(halves: Path) -> None:
+def test_the_fifth_shape(halves: Path) -> None:
     text = """
 {merge_method: dare_ties, base_model: BASE, dtype: bfloat16, tokenizer_source: union,
  models: [{model: A, parameters: {weight: 0.4, density: 0.5}},
           {model: B+ADAPTER, parameters: {weight: 0.4, density: 0.5}}]}"""
     file = halves / "fifth.yaml"
     file.write_text(text)
-    with pytest.raises(RecipeError, match=r"models.1.model = 'B\+ADAPTER' adds a LoRA adapter"):
-        read_recipe(file)
-    file.write_text(text.replace("+ADAPTER", ""))
-    with pytest.raises(RecipeError, match="tokenizer_source: union is not supported yet"):
-        read_recipe(file)
-    file.write_text(text.replace("+ADAPTER", "").replace("union", "base"))
-    assert len(make_plan(read_recipe(file)).tasks) == 3 + 9 * LAYERS
+    query = state("B", dtype=torch.bfloat16)[_QUERY]
+    factors = {"A": torch.ones(1, query.shape[1]), "B": torch.ones(query.shape[0], 1)}
+    place = _QUERY.removesuffix(".weight")
+    adapter = save_adapter(
+        halves / "ADAPTER", {f"{place}.lora_{name}.weight": t for name, t in factors.items()}
+    )
+    recipe = read_recipe(file)
+    assert recipe.experts[1].path == f"{halves / 'B'}+{adapter}"
+    assert recipe.tokenizer is not None
+    assert recipe.tokenizer.source == "union"
+    plan = make_plan(recipe)
+    assert len(plan.tasks) == 3 + 9 * LAYERS
+    assert plan.tasks[_QUERY].spec.dtype == torch.bfloat16
+    torch.testing.assert_close(plan.experts[1][_QUERY], query.double() + 2, rtol=0, atol=0)
+    assert any("No model has a tokenizer" in warning for warning in plan.warnings)
 
 
 def test_a_recipe_of_ours_is_not_taken_for_one_of_mergekit() -> None:
@@ -391,9 +401,17 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({**_LINEAR, "merge_method": "tees"}, "merge_method 'tees' is not known"),
     "no method": ({"models": _LINEAR["models"]}, "merge_method is missing"),
     "modules": ({**_LINEAR, "modules": {"text": {}}}, "modules: merges of several modules"),
-    "tokenizer": ({**_LINEAR, "tokenizer": {"source": "base"}}, "tokenizer: tokenizers are copied"),
-    "chat template": ({**_LINEAR, "chat_template": "auto"}, "chat_template: chat templates are"),
-    "another tokenizer": ({**_LINEAR, "tokenizer_source": "B"}, "tokenizer_source: .*B is not su"),
+    "tokenizer": ({**_LINEAR, "tokenizer": {"sauce": "base"}}, "tokenizer: the key 'sauce' is not"),
+    "chat template": ({**_LINEAR, "chat_template": "alpaca"}, "chat_template: alpaca is a templ"),
+    "two tokenizers": (
+        {**_LINEAR, "tokenizer_source": "B", "tokenizer": {}}, "one of tokenizer_source and token",
+    ),
+    "token of nothing": (
+        {**_LINEAR, "tokenizer": {"tokens": {"<x>": {"force": True}}}}, "<x>: `source` is missing",
+    ),
+    "kind of token": (
+        {**_LINEAR, "tokenizer": {"tokens": {"<x>": {"source": {"kind": "one"}}}}}, "<x>: kind:",
+    ),
     "dtype": ({**_LINEAR, "dtype": "bfloat"}, "dtype = 'bfloat' is not known, did you mean"),
     "inner dtype": (
         {**_LINEAR, "dtype": "int8", "out_dtype": "float32"}, "dtype = 'int8' is not known",
@@ -470,9 +488,6 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
         {"merge_method": "passthrough",
          "slices": [{"sources": [{"model": "A", "layer_range": [0, 1]}], "residual_weight": 1}]},
         "slices.0: the key 'residual_weight' is not known",
-    ),
-    "adapter as a mapping": (
-        {**_LINEAR, "base_model": {"model": {"path": "A"}, "lora": "X"}}, "adds a LoRA adapter",
     ),
 }  # fmt: skip
 

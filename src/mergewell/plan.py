@@ -15,19 +15,18 @@ from mergewell.guidance import Guidance, open_guidance
 from mergewell.inputs import input_files
 from mergewell.methods.base import MergeMethod
 from mergewell.methods.keep import Keep
+from mergewell.opening import adapter_behind, open_model
 from mergewell.plan_checks import check_needs, find, listed, other_bases, warnings_about
-from mergewell.recipe import LayerRange, Recipe, Rule
+from mergewell.recipe import Recipe, Rule
 from mergewell.repair_step import module_source
-from mergewell.storage.adapter import AdapterCheckpoint
-from mergewell.storage.checkpoint import Checkpoint, open_checkpoint
-from mergewell.storage.layer_stack import LayerPiece, LayerStack
+from mergewell.stages import StageCheckpoint
+from mergewell.storage.checkpoint import Checkpoint
 from mergewell.storage.layout import shard_layouts
 from mergewell.storage.manifest import Algorithm, InputFile, input_file
 from mergewell.storage.spec import TensorSpec
 from mergewell.storage.writer import ShardLayout
 from mergewell.tensor_group import CHUNK
 from mergewell.tokenizers.joint import with_one_vocabulary
-from mergewell.tokenizers.view import VocabularyView
 
 BLOCK = 2 * CHUNK
 """Elements of a block: K + 1 of them in float32 and their temporaries stay in a core's cache."""
@@ -207,15 +206,25 @@ def make_plan(recipe: Recipe) -> Plan:
         DataError: the calibration is none, or one of another version.
         PlanError: a recipe, or a calibration, that does not fit its checkpoints.
     """
-    base = open_model(recipe.base, recipe.base_layers) if recipe.base is not None else None
-    experts = tuple(open_model(expert.path, expert.layers, base=base) for expert in recipe.experts)
-    based = () if base is None else (base,)
-    trained_on = other_bases(base if base is not None else experts[0], experts)
-    joint = with_one_vocabulary(recipe.tokenizer, (*based, *experts))
-    base, experts = joint.models[0] if based else None, joint.models[len(based) :]
+    base = None
+    if recipe.base is not None:
+        base = open_model(recipe.base, recipe.base_layers, stages=recipe.stages)
+    experts = tuple(
+        open_model(expert.path, expert.layers, base=base, stages=recipe.stages)
+        for expert in recipe.experts
+    )
+    opened = (*(() if base is None else (base,)), *experts)
+    trained_on = other_bases(opened[0], experts)
+    joint = with_one_vocabulary(recipe.tokenizer, opened)
+    if base is not None:
+        base = joint.models[0]
+    experts = joint.models[len(opened) - len(experts) :]
     reference = joint.models[0]
     warnings = [*recipe.notes, *joint.warnings, *warnings_about(recipe, reference, experts)]
     warnings += trained_on
+    warnings += [
+        w for model in opened if isinstance(model, StageCheckpoint) for w in model.warnings
+    ]
     guidance = None
     if recipe.calibration is not None:
         guidance = open_guidance(recipe.calibration, (reference, *experts))
@@ -251,23 +260,6 @@ def make_plan(recipe: Recipe) -> Plan:
     written = {name: task.spec for name, task in tasks.items()}
     layouts = shard_layouts(reference.shards, written, recipe.shard_bytes)
     return Plan(recipe, base, experts, tasks, layouts, tuple(warnings), guidance)
-
-
-def open_model(
-    path: str, layers: Sequence[LayerRange], *, base: Checkpoint | None = None
-) -> Checkpoint:
-    """Open a model, or stack ranges of layers into one.
-
-    Raises:
-        CheckpointError: a file that is missing or damaged, or layers that it does not have.
-    """
-    if not layers:
-        return open_checkpoint(path, base=base)
-    paths = [piece.path if piece.path is not None else path for piece in layers]
-    opened = {path: open_checkpoint(path, base=base) for path in dict.fromkeys(paths)}
-    return LayerStack(
-        [LayerPiece(opened[p], r.start, r.stop) for p, r in zip(paths, layers, strict=True)]
-    )
 
 
 def _task(
@@ -308,7 +300,7 @@ def _task(
             )
     if not spec.dtype.is_floating_point:
         return TensorTask(spec, Keep(model=0), coefficients, copied_from=0)
-    dtype = spec.dtype if recipe.dtype is None else getattr(torch, recipe.dtype)
+    dtype = _stored(reference, name) if recipe.dtype is None else getattr(torch, recipe.dtype)
     return TensorTask(TensorSpec(name, dtype, spec.shape), method, coefficients)
 
 
@@ -321,8 +313,14 @@ def _kept(
         )
     chosen = models[method.model]
     spec = find(chosen, name, models[0])
-    stored = chosen.inner if isinstance(chosen, VocabularyView) else chosen
-    if isinstance(stored, AdapterCheckpoint) and name in stored.touched:
-        written = TensorSpec(name, models[0].spec(name).dtype, spec.shape)
+    adapter = adapter_behind(chosen)
+    if adapter is not None and name in adapter.touched:
+        written = TensorSpec(name, _stored(models[0], name), spec.shape)
         return TensorTask(written, method, coefficients)  # a sum that stands in no file
     return TensorTask(spec, method, coefficients, copied_from=method.model)
+
+
+def _stored(reference: Checkpoint, name: str) -> torch.dtype:
+    """Return the dtype that a merged tensor has in the reference's files, those of a model."""
+    adapter = adapter_behind(reference)
+    return adapter.stored_dtype(name) if adapter is not None else reference.spec(name).dtype

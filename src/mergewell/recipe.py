@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError, YAMLWarning
 
 from mergewell.component import explain
-from mergewell.errors import RecipeError
+from mergewell.errors import RecipeError, did_you_mean
 from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.repair_step import RepairStep
 from mergewell.storage.folder import is_there
@@ -136,6 +136,9 @@ class Recipe(BaseModel):
     experts: Annotated[tuple[Expert, ...], Field(min_length=1)]
     """The experts, in order."""
 
+    stages: dict[str, Recipe] = Field(default_factory=dict)
+    """Recipes whose results are models of this one, by the names that stand in place of paths."""
+
     method: MethodChoice = MethodChoice(name="average")
     """The method for every tensor that no rule matches."""
 
@@ -168,6 +171,14 @@ class Recipe(BaseModel):
         """True when the model that says which tensors there are is a stack of layer ranges."""
         return bool(self.experts[0].layers if self.base is None else self.base_layers)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that is named, once: paths, `MODEL+ADAPTER`, names of stages."""
+        experts = [(expert.path, expert.layers) for expert in self.experts]
+        found = [*([(self.base, self.base_layers)] if self.base is not None else []), *experts]
+        pieces = [piece.path for _, layers in found for piece in layers if piece.path is not None]
+        return tuple(dict.fromkeys([*(path for path, _ in found), *pieces]))
+
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches a tensor's name."""
         return next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
@@ -194,8 +205,8 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """Return a short hash that is the same for equal recipes, defaults written out or not."""
         data = self.model_dump(mode="json", exclude={"notes"})
-        for later in ("repair", "tokenizer"):  # recipes from before there was such a thing
-            if data[later] is None:
+        for later in ("repair", "tokenizer", "stages"):  # recipes from before there was such
+            if not data[later]:
                 del data[later]
         for part, choice in [
             (data, self.method),
@@ -203,6 +214,8 @@ class Recipe(BaseModel):
         ]:
             if choice is not None:
                 part["method"] = {"name": choice.name, **choice.build().parameters()}
+        if self.stages:
+            data["stages"] = {name: stage.digest() for name, stage in self.stages.items()}
         text = json.dumps(data, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -219,6 +232,13 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         raise RecipeError(_sentence(error, where)) from error
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+    used = {model for one in (recipe, *recipe.stages.values()) for model in one.models}
+    used |= {part for model in used for part in model.split("+")}
+    for name in recipe.stages:
+        if name not in used:
+            raise RecipeError(
+                f"{where}: stage {name!r} is no model of the recipe; name or drop it."
+            )
     for rule in recipe.rules:
         if rule.coefficients is not None and len(rule.coefficients) != len(recipe.experts):
             raise RecipeError(
@@ -231,6 +251,10 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
+    unknown = [str(e["loc"][0]) for e in error.errors() if e["type"] == "extra_forbidden"]
+    if place == "experts" and unknown:
+        advice = did_you_mean(unknown[0], Recipe.model_fields)
+        return f"{where} has no parameter {unknown[0]!r}: {advice}"
     if place == "experts" and first["type"] in ("missing", "too_short"):
         return f"{where}: no expert is named; name at least one under `experts` or with --expert."
     return explain(error, Recipe, where)
@@ -240,13 +264,20 @@ def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe in a YAML file, ours or mergekit's; paths are relative to the file.
 
     The file may also be the manifest of a merged folder: its recipe makes the same merge again.
+    A model that is itself such a YAML file becomes a stage; so do the documents of a mergekit file
+    that has several.
 
     Raises:
         RecipeError: no such file, not YAML, or not a recipe.
         CheckpointError: a model that a mergekit configuration names cannot be opened, or a manifest
             that is malformed.
     """
-    file = Path(path)
+    return _read_recipe(Path(path), ())
+
+
+def _read_recipe(file: Path, reading: tuple[Path, ...]) -> Recipe:
+    if file.resolve() in reading:
+        raise RecipeError(f"{file} is a stage of itself; mend one of the recipes.")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -254,29 +285,38 @@ def read_recipe(path: str | Path) -> Recipe:
     manifest = manifest_at(file)
     if manifest is not None:
         return recipe_of_manifest(manifest, where=str(file))
-    content = _content(text, file)
+    contents = _contents(text, file)
     # imported here because a conversion makes a recipe and looks into checkpoints
-    from mergewell.mergekit import is_mergekit, recipe_from_mergekit
+    from mergewell.mergekit import is_mergekit, recipe_from_documents
 
-    if is_mergekit(content):
-        return recipe_from_mergekit(content, where=str(file), base_dir=file.parent)
-    return beside(make_recipe(content, where=str(file)), file.parent)
+    if all(is_mergekit(content) for content in contents):
+        return recipe_from_documents(contents, where=str(file), base_dir=file.parent)
+    if len(contents) > 1:
+        raise RecipeError(f"{file} has {len(contents)} documents; write stages under `stages`.")
+    recipe = make_recipe(contents[0], where=str(file))
+    stages = {
+        model: _read_recipe(file.parent / model, (*reading, file.resolve()))
+        for model in recipe.models
+        if model.endswith((".yaml", ".yml")) and (file.parent / model).is_file()
+    }
+    return beside(recipe.model_copy(update={"stages": recipe.stages | stages}), file.parent)
 
 
-def _content(text: str, file: Path) -> dict[str, Any]:
-    """Return the mapping that a file of YAML holds; JSON is YAML too."""
+def _contents(text: str, file: Path) -> list[dict[str, Any]]:
+    """Return the mapping in each document of a file of YAML; JSON is YAML too."""
     if _depth(text) > _DEEPEST:
         raise RecipeError(f"{file}: the brackets are nested too deeply; a recipe needs a few.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of one anchor for two things
-            data = YAML(typ="safe").load(text)
+            documents: list[object] = list(YAML(typ="safe").load_all(text))
     except (YAMLError, YAMLWarning, ValueError, RecursionError) as error:
         where = str(error).replace("\n", " ")[:200]
         raise RecipeError(f"{file}: this is not YAML ({where}); mend it there.") from error
-    if not isinstance(data, dict):
+    found = [document for document in documents if document is not None]  # such as after a `---`
+    if not found or not all(isinstance(document, dict) for document in found):
         raise RecipeError(f"{file}: a recipe is a mapping with `experts` and `method`.")
-    return cast("dict[str, Any]", data)
+    return cast("list[dict[str, Any]]", found)
 
 
 def _depth(text: str) -> int:
@@ -315,7 +355,13 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
 
     def seen(path: str) -> str:
         there = folder / path
-        return str(there) if not Path(path).is_absolute() and is_there(there) else path
+        if path in recipe.stages or Path(path).is_absolute():
+            return path
+        if is_there(there):
+            return str(there)
+        if "+" not in path:
+            return path
+        return "+".join(map(seen, path.split("+")))
 
     def seen_layers(ranges: tuple[LayerRange, ...]) -> tuple[LayerRange, ...]:
         return tuple(
@@ -330,6 +376,7 @@ def beside(recipe: Recipe, folder: Path) -> Recipe:
             "calibration": seen(recipe.calibration) if recipe.calibration is not None else None,
             "repair": recipe.repair.on(seen(recipe.repair.data)) if recipe.repair else None,
             "tokenizer": recipe.tokenizer.moved(seen) if recipe.tokenizer else None,
+            "stages": {name: beside(stage, folder) for name, stage in recipe.stages.items()},
             "experts": tuple(
                 expert.model_copy(
                     update={"path": seen(expert.path), "layers": seen_layers(expert.layers)}

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from mergewell.errors import RecipeError, did_you_mean
 from mergewell.mergekit.methods import PEERS, Peer
+from mergewell.mergekit.tokenizer import tokenizer_choice
 from mergewell.storage.folder import is_there
 
 _KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
-    "tokenizer_source",
+    "tokenizer_source", "tokenizer", "chat_template", "name", "out_path",
 )  # fmt: skip
 _REFUSED = {
     "modules": "merges of several modules are not supported yet; give `models` or `slices`",
-    "tokenizer": "tokenizers are copied, not built yet; remove the key and merge models of one "
-    "vocabulary",
-    "chat_template": "chat templates are copied with the tokenizer; remove the key and edit "
-    "tokenizer_config.json of the result",
     "base_layer_range": "name the range as a source of the slice",
 }
 _LARGEST = 1e30  # far beyond any use, and no product of two of them overflows
@@ -82,7 +79,8 @@ class Config:
     base_model: str | None
     parameters: Parameters
     dtype: str | None
-    tokenizer_source: str | None
+    tokenizer: Mapping[str, Any]
+    """What the recipe says of tokenizers; nothing if the configuration does not."""
 
     def settings(self) -> tuple[Setting, ...]:
         """Return every parameter's setting, in the order of precedence."""
@@ -125,8 +123,15 @@ def evaluate(setting: Setting, name: str, t: float) -> float | None:
     return None
 
 
-def read_config(data: Mapping[str, Any], *, where: str, base_dir: Path) -> Config:
-    """Return the checked configuration.
+def stage_names(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names that other configurations may give this one's result."""
+    return tuple(str(data[key]) for key in ("name", "out_path") if data.get(key) is not None)
+
+
+def read_config(
+    data: Mapping[str, Any], *, where: str, base_dir: Path, stages: Collection[str] = ()
+) -> Config:
+    """Return the checked configuration; `stages` are models that others of it make.
 
     Raises:
         RecipeError: a key, parameter or value that is not understood or not supported.
@@ -142,7 +147,7 @@ def read_config(data: Mapping[str, Any], *, where: str, base_dir: Path) -> Confi
         raise RecipeError(
             f"{where}: merge_method {method!r} is not known, {did_you_mean(method, PEERS)}"
         )
-    reader = _Reader(where, base_dir, method, PEERS[method])
+    reader = _Reader(where, base_dir, method, PEERS[method], stages)
     base = data.get("base_model")
     for key in ("dtype", "out_dtype"):
         reader.dtype({key: data.get(key)})
@@ -153,7 +158,7 @@ def read_config(data: Mapping[str, Any], *, where: str, base_dir: Path) -> Confi
         base_model=reader.model(base, "base_model") if base is not None else None,
         parameters=reader.parameters(data.get("parameters"), "parameters"),
         dtype=reader.dtype(data),
-        tokenizer_source=reader.tokenizer_source(data.get("tokenizer_source")),
+        tokenizer=tokenizer_choice(data, where=where, model=reader.model),
     )
 
 
@@ -163,6 +168,7 @@ class _Reader:
     base_dir: Path
     method: str
     peer: Peer
+    stages: Collection[str]
 
     def slices(self, data: Mapping[str, Any]) -> tuple[Slice, ...]:
         """Return the slices; whole models are one."""
@@ -215,31 +221,29 @@ class _Reader:
         return ends[0], ends[1]
 
     def model(self, value: object, place: str) -> str:
-        """Return a model's path; a path beside the configuration as seen from here."""
+        """Return a model's path, or `MODEL+ADAPTER`; a path beside the configuration from here."""
         if isinstance(value, dict):
-            reference = cast("dict[str, Any]", value)
-            if reference.get("lora") is not None:
-                self._refuse_adapter(place, f"{reference.get('model')}+{reference['lora']}")
-            inner = self._mapping(reference, place, ("model", "lora")).get("model")
-            if isinstance(inner, dict):
-                inner = self._mapping(cast("object", inner), f"{place}.model", ("path",)).get(
-                    "path"
-                )
-            value = cast("object", inner)
+            found = self._mapping(
+                cast("object", value), place, ("model", "lora", "path", "revision")
+            )
+            inner: object = found.get("model", found if "path" in found else None)
+            if isinstance(inner, dict) and "path" in inner:
+                named = self._mapping(cast("object", inner), place, ("path", "revision"))
+                revision = named.get("revision")
+                inner = named["path"] if revision is None else f"{named['path']}@{revision}"
+            path = self.model(cast("object", inner), place)
+            lora: object = found.get("lora")
+            return path if lora is None else f"{path}+{self.model(lora, f'{place}.lora')}"
         if not isinstance(value, str) or not value:
             raise RecipeError(f"{self.where}: {place} = {value!r} is no path; name a folder.")
         there = self.base_dir / value
-        if not Path(value).is_absolute() and is_there(there):
+        if value in self.stages or Path(value).is_absolute():
+            return value
+        if is_there(there):
             return str(there)
         if "+" in value and not is_there(Path(value)):
-            self._refuse_adapter(place, value)
+            return "+".join(self.model(part, place) for part in value.split("+"))
         return value
-
-    def _refuse_adapter(self, place: str, value: str) -> None:
-        raise RecipeError(
-            f"{self.where}: {place} = {value!r} adds a LoRA adapter, which is not read here; write "
-            "the merge as a mergewell recipe, where an expert may be an adapter of the base."
-        )
 
     def parameters(self, value: object, place: str, *, of_model: bool = False) -> Parameters:
         """Return parameters by name, after a look at whether the method has them there."""
@@ -302,17 +306,6 @@ class _Reader:
                     )
                 return value
         return None
-
-    def tokenizer_source(self, value: object) -> str | None:
-        """Return the model whose tokenizer is copied, or None for that of the base."""
-        if value is None or value == "base":
-            return None
-        if value == "union":
-            raise RecipeError(
-                f"{self.where}: tokenizer_source: union is not supported yet: vocabularies are not "
-                "joined; remove the key and merge models of one vocabulary."
-            )
-        return self.model(value, "tokenizer_source")
 
     def _list(self, value: object, place: str) -> list[object]:
         if not isinstance(value, list) or not value:

@@ -13,7 +13,7 @@ from mergewell.mergekit.config import Config, Slice, Source, evaluate, read_conf
 from mergewell.mergekit.methods import Arguments, Default
 from mergewell.mergekit.rules import Treatment, make_rules
 from mergewell.methods.base import METHODS
-from mergewell.plan import open_model
+from mergewell.opening import NO_STAGES, open_model
 from mergewell.recipe import LayerRange, Recipe, make_recipe
 from mergewell.storage.base import Checkpoint
 from mergewell.storage.layer_stack import LayerNames, find_layers, stands_before
@@ -34,15 +34,23 @@ class _Model:
         }
 
 
-def recipe_from_mergekit(data: Mapping[str, Any], *, where: str, base_dir: Path) -> Recipe:
+def recipe_from_mergekit(
+    data: Mapping[str, Any],
+    *,
+    where: str,
+    base_dir: Path,
+    stages: Mapping[str, Recipe] = NO_STAGES,
+) -> Recipe:
     """Return the recipe that a mergekit configuration describes; opens the headers of its models.
 
     Gradients and filters need the tensors' names, so they become rules of the recipe here.
-    `where` begins the sentences of errors; paths are looked for beside `base_dir` first.
+    `where` begins the sentences of errors; paths are looked for beside `base_dir` first. `stages`
+    are models that other configurations make, by the names that they have here.
 
     Source: mergekit 0.1.4, `reference/mergekit.md` section 2.
-    Departures: unknown keys and parameters are refused, not ignored, and so are adapters, joined
-    vocabularies, chat templates and slices with unequal numbers of sources. Inputs are merged as
+    Departures: unknown keys and parameters are refused, not ignored, and so are `modules` and
+    slices with unequal numbers of sources. Without a word on tokenizers the models must have one
+    vocabulary: tables are not cut to their common part. Inputs are merged as
     the files hold them, one dtype wider, and rounded once, not cast to `dtype` and rounded at every
     step. A path is looked for beside the configuration before the working folder. Weights that
     sum to 0 where they divide are refused (NaN there), and so is a result that equals the base.
@@ -51,15 +59,17 @@ def recipe_from_mergekit(data: Mapping[str, Any], *, where: str, base_dir: Path)
         RecipeError: what is not understood or not supported, by its name.
         CheckpointError: a model that cannot be opened, or has no such layers.
     """
-    config = read_config(data, where=where, base_dir=base_dir)
-    return Conversion(config, where).recipe()
+    config = read_config(data, where=where, base_dir=base_dir, stages=stages)
+    return Conversion(config, where, stages).recipe()
 
 
 class Conversion:
     """One configuration on its way to a recipe."""
 
-    def __init__(self, config: Config, where: str) -> None:
-        self.config, self.where, self.peer = config, where, config.peer
+    def __init__(
+        self, config: Config, where: str, stages: Mapping[str, Recipe] = NO_STAGES
+    ) -> None:
+        self.config, self.where, self.peer, self.stages = config, where, config.peer, stages
         self.bases, experts = _roles(config, where)
         self.experts = experts
         """The sources that are merged, [slice][expert]."""
@@ -69,8 +79,7 @@ class Conversion:
             # only for its side files: configuration and tokenizer are the base_model's
             self.base = next(m for m in self.models if m.path == config.base_model)
         reference = self.base if self.base is not None else self.models[0]
-        self._check_tokenizer(reference)
-        with open_model(reference.path, reference.layers) as checkpoint:
+        with open_model(reference.path, reference.layers, stages=stages) as checkpoint:
             self.names = [*checkpoint]
             self.layers = self._find_layers(checkpoint)
             self.casts = self._casts(checkpoint)
@@ -105,7 +114,25 @@ class Conversion:
             data |= {"base": based["path"], "base_layers": based["layers"]}
         if self.config.dtype is not None:
             data["dtype"] = self.config.dtype
+        if self.config.tokenizer:
+            data["tokenizer"] = self.config.tokenizer
+        if self.stages:
+            data["stages"] = self._used_stages()
         return make_recipe(data, where=self.where)
+
+    def _used_stages(self) -> dict[str, Recipe]:
+        """Return the stages that are models here, or of such stages."""
+        models = [*self.models, *([self.base] if self.base is not None else [])]
+        named = [model.path for model in models]
+        named += [piece.path for model in models for piece in model.layers if piece.path]
+        waiting = [part for path in named for part in (path, *path.split("+"))]
+        used: dict[str, Recipe] = {}
+        while waiting:
+            name = waiting.pop()
+            if name in self.stages and name not in used:
+                used[name] = self.stages[name].model_copy(update={"stages": {}})
+                waiting += [*self.stages[name].models, *self.stages[name].stages]
+        return used
 
     def _stack(self, column: Sequence[Source]) -> _Model:
         """Return the model that one source of each slice make together."""
@@ -120,7 +147,7 @@ class Conversion:
                 joined.append((path, start, stop))
         first = joined[0][0]
         if len(joined) == 1 and joined[0][1] == 0:
-            with open_model(first, ()) as whole:
+            with open_model(first, (), stages=self.stages) as whole:
                 if find_layers(whole, where=first).count == joined[0][2]:
                     return _Model(first, ())
         return _Model(
@@ -140,14 +167,6 @@ class Conversion:
         wanted = self.config.dtype
         dtypes = {spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point}
         return wanted is not None and {str(dtype) for dtype in dtypes} != {f"torch.{wanted}"}
-
-    def _check_tokenizer(self, reference: _Model) -> None:
-        source = self.config.tokenizer_source
-        if source not in (None, reference.path):
-            raise RecipeError(
-                f"{self.where}: tokenizer_source: {source} is not supported yet: the tokenizer "
-                f"files are those of {reference.path}; remove the key if the two are the same."
-            )
 
     def treatment(self, name: str) -> Treatment:
         """Return what a tensor of the result gets."""

@@ -97,6 +97,17 @@ class AdapterCheckpoint(Checkpoint):
         """Names of the tensors that are not the base's own."""
         return tuple(self._changes)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype in the base's files, or in the adapter's if only that has it."""
+        if name in self._base:
+            inner = self._base
+            return (
+                inner.stored_dtype(name)
+                if isinstance(inner, AdapterCheckpoint)
+                else inner.spec(name).dtype
+            )
+        return self.spec(name).dtype
+
     def weight_files(self) -> tuple[WeightFile, ...]:
         """Return the adapter's opened file; the base has its own."""
         return self._adapter.weight_files()

@@ -49,6 +49,11 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def parts_of(path: str) -> tuple[str, ...]:
+    """Return a model and the adapters on it, from `MODEL+ADAPTER`; a path that exists is one."""
+    return (path,) if is_there(Path(path)) else tuple(path.split("+"))
+
+
 def find_source(path: Path) -> Source:
     """Return the files of weights of a folder, an index or a single file.
 

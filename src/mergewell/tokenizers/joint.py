@@ -57,6 +57,9 @@ def with_one_vocabulary(choice: TokenizerChoice | None, models: Sequence[Checkpo
         same = Rows(np.arange(next(iter(tables_of(models[0]).values()), 0)), {})
         return Joint((_view(models[0], same, models, {}, files), *models[1:]), tuple(warnings))
     reference = found[0]
+    if not any(found) and not choice.is_path:
+        doubt = f"No model has a tokenizer, so {choice.source} is their own: numbers are tokens."
+        return Joint(tuple(models), (doubt,))
     if reference is None:
         raise PlanError(
             f"tokenizer: {choice.source}: {models[0].path} has no tokenizer to begin with; add its "
