@@ -50,6 +50,7 @@ LAYERS = [
         "explain",
         "alignment",
         "distil",
+        "finetune",
         "surgery",
     },
     {"report", "tune", "advise", "check", "demo", "doctor"},
