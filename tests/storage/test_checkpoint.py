@@ -160,9 +160,9 @@ def test_what_is_missing_is_said(tmp_path: Path):
     save_file({"a": torch.zeros(1)}, tmp_path / "expert.safetensors")
     with pytest.raises(CheckpointError, match=r"give one of its files \(expert.safetensors\)"):
         open_checkpoint(tmp_path)
-    (tmp_path / "a.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"a.gguf is of no known kind"):
-        open_checkpoint(tmp_path / "a.gguf")
+    (tmp_path / "a.npz").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"a.npz is of no known kind"):
+        open_checkpoint(tmp_path / "a.npz")
 
 
 def test_a_folder_that_can_be_read_two_ways_is_refused(folder: Path):

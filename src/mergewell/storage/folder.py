@@ -99,7 +99,8 @@ def _main_file(folder: Path) -> Path:
             )
         if present:
             return present[0]
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    kinds = ("*.safetensors", "*.gguf")
+    others = sorted(file.name for kind in kinds for file in folder.glob(kind))
     hint = f"give one of its files ({', '.join(others[:4])})" if others else "check the path"
     names = ", ".join(name for pair in _KINDS for name in pair)
     raise CheckpointError(f"{folder} has none of {names}; {hint}.")

@@ -235,8 +235,12 @@ def open_weight_file(path: Path) -> WeightFile:
         return SafetensorsFile(path)
     if path.suffix in PICKLE_SUFFIXES:
         return PickleFile(path)
+    if path.suffix == ".gguf":
+        from mergewell.storage.gguf import GgufFile  # a kind of these files, as the others are
+
+        return GgufFile(path)
     raise CheckpointError(
-        f"{path} is of no known kind; give a .safetensors, {', '.join(PICKLE_SUFFIXES)} or "
+        f"{path} is of no known kind; give a .safetensors, .gguf, {', '.join(PICKLE_SUFFIXES)} or "
         ".index.json file, or a folder."
     )
 
