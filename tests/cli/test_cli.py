@@ -61,6 +61,9 @@ FROZEN = {
         "--to", "--data", "--match", "--zip", "--model-factory", "--samples", "--seed", "--out",
         "--json",
     },
+    "doctor": {
+        "--base", "--expert", "--method", "--data", "--model-factory", "--strict", "--json",
+    },
 }  # fmt: skip
 
 

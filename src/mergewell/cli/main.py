@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mergewell.cli.align import align
+from mergewell.cli.doctor import doctor
 from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
@@ -286,6 +287,7 @@ app.command()(learn)
 app.command()(tune)
 app.command()(extract)
 app.command()(align)
+app.command()(doctor)
 
 
 def main(arguments: list[str] | None = None) -> int:

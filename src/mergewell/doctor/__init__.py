@@ -1,0 +1,1 @@
+"""Doctor: what is known to make merges garbage, looked for before a merge and after it."""

@@ -1,0 +1,1 @@
+"""One thing that makes merges garbage a file, found by its name."""
