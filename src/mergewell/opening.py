@@ -12,6 +12,7 @@ from mergewell.storage.adapter import AdapterCheckpoint
 from mergewell.storage.base import Checkpoint
 from mergewell.storage.checkpoint import open_checkpoint
 from mergewell.storage.folder import parts_of
+from mergewell.storage.hub import local_path
 from mergewell.storage.layer_stack import LayerPiece, LayerStack
 from mergewell.tokenizers.view import VocabularyView
 
@@ -27,8 +28,8 @@ def open_model(
 ) -> Checkpoint:
     """Open a model, or stack ranges of layers into one; a name of `stages` is what that makes.
 
-    `MODEL+ADAPTER` is a LoRA adapter on a model of its own; `base` is that of adapters, and of
-    task vectors, which are named alone.
+    `ORG/NAME@REVISION` is fetched from the Hub. `MODEL+ADAPTER` is a LoRA adapter on a model of
+    its own; `base` is that of adapters, and of task vectors, which are named alone.
 
     Raises:
         CheckpointError: a file that is missing or damaged, or layers that it does not have.
@@ -58,10 +59,10 @@ def _open(path: str, base: Checkpoint | None, stages: Mapping[str, Recipe]) -> C
     opened = (
         base
         if adapters and base is not None and Path(model).resolve() == base.path.resolve()
-        else open_checkpoint(model, base=base)
+        else open_checkpoint(local_path(model), base=base)
         if model not in stages
         else _open(model, base, stages)
     )
     for adapter in adapters:
-        opened = open_checkpoint(adapter, base=opened)
+        opened = open_checkpoint(local_path(adapter), base=opened)
     return opened

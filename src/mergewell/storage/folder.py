@@ -64,8 +64,8 @@ def find_source(path: Path) -> Source:
     """
     if not is_there(path):
         raise CheckpointError(
-            f"{path} does not exist; give a local file or folder (names of the Hugging Face hub "
-            "are not fetched: download the model first)."
+            f"{path} does not exist; give a local file or folder, or ORG/NAME@REVISION to fetch "
+            "it from the Hugging Face Hub."
         )
     if path.is_dir():
         return find_source(_main_file(path))
