@@ -215,3 +215,18 @@ def select_and_elect(base, experts, start, stop, low, count, table, scale, out):
         taken = spread((w, x, y, z), size, zero) >= least
         mean = elected((w, x, y, z), votes, coefficients, shares, one, zero)
         store(part, i, origin + scale * (mean if taken else zero))
+
+
+@fused
+def sums_of(lanes, sums):
+    """Add the sum of each of four lanes to the first entries of sums; lanes: [4, m], float64.
+
+    Each is added up in its order; side by side, since a sum waits for the one before it.
+    """
+    totals = np.zeros(MOST, np.float64)
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    for i in range(lanes.shape[1]):
+        a, b, c, d = a + lanes[0, i], b + lanes[1, i], c + lanes[2, i], d + lanes[3, i]
+    totals[0], totals[1], totals[2], totals[3] = a, b, c, d
+    for k in range(sums.size):
+        sums[k] += totals[k]

@@ -83,6 +83,14 @@ def ask_for(address, start, size, like):
 
 
 @inlined
+def ask_for_all(base, experts, start):
+    """Ask for the base's and all experts' elements, as `ask_for` does for one array."""
+    ask_for(base.ctypes.data, start, base.size, base)
+    for k in range(experts.size):
+        ask_for(experts[k], start, base.size, base)
+
+
+@inlined
 def part_of(experts, k, start, stop, like):
     """Return elements [start, stop) of the k-th expert, of the dtype of `like`.
 

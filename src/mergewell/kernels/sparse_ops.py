@@ -14,7 +14,10 @@ import numpy as np
 from mergewell.kernels import four_ops
 from mergewell.kernels.ops import (
     LANES,
-    account,
+    STEP,
+    ask_for_all,
+    compare,
+    fold,
     fused,
     inlined,
     load,
@@ -171,7 +174,7 @@ def trim_and_combine(base, experts, cuts, ties, chunk, coefficients, options, sc
     taken from a chunk on (negative: all), and after the last. options: those of `combine`.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), coefficients.dtype)
+    lanes = np.zeros((2, LANES), coefficients.dtype)
     padded = even(coefficients)
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
     keys, found = np.empty(TILE, np.int32), np.empty(LANES, np.int32)
@@ -185,17 +188,23 @@ def trim_and_combine(base, experts, cuts, ties, chunk, coefficients, options, sc
                     left[k, side] = of_chunk(ties[k, side], start // chunk)
                 bounds[side, k] = lowest(cuts[k, side], left[k, side])
         stop = min(start + TILE, base.size)
-        own, part = base[start:stop], out[start:stop]
-        for k in range(experts.size):
-            watch(part_of(experts, k, start, stop, base), marks[0])
-        if left.max() <= 0 and four_ops.covers(options):
-            four_ops.trim_and_elect(base, four, start, stop, bounds, table, scale, out)
-        else:
+        few = left.max() <= 0 and four_ops.covers(options)
+        for first in range(start, stop, STEP):
+            last = min(first + STEP, stop)
+            ask_for_all(base, experts, first)
+            for k in range(experts.size):
+                watch(part_of(experts, k, first, last, base), marks[0])
+            if few:
+                four_ops.trim_and_elect(base, four, first, last, bounds, table, scale, out)
+                compare(out[first:last], base[first:last], marks, lanes)
+        if not few:
+            own, part = base[start:stop], out[start:stop]
             for k in range(experts.size):
                 expert = part_of(experts, k, start, stop, base)
                 trimmed(own, expert, cuts[k], left[k], taus[k], keys, found)
             combine(taus, padded, options, scale, own, part, scratch)
-        account(part, own, marks, lanes, sums)
+            compare(part, own, marks, lanes)
+        fold(lanes, sums)
     return tallied(marks, sums)
 
 
@@ -272,8 +281,7 @@ def energies(base, experts, cut, ties, chunk, like, sums):
         if left <= 0 and experts.size <= four_ops.MOST:
             low = lowest(cut, left)
             four_ops.selected_squares(base, four, start, stop, low, experts.size, like, few)
-            for k in range(experts.size):
-                sums[place, k] += few[k].sum()
+            four_ops.sums_of(few, sums[place])
             continue
         left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, found)
         for k in range(experts.size):
@@ -292,7 +300,7 @@ def select_and_combine(base, experts, cut, ties, chunk, coefficients, scale, out
     cut, ties [n / chunk + 1]: see `trim_and_combine`.
     """
     marks, sums = np.zeros((2, LANES), np.uint16), np.zeros((2, LANES), np.float64)
-    lanes = np.empty((2, LANES), coefficients.dtype)
+    lanes = np.zeros((2, LANES), coefficients.dtype)
     padded, options = even(coefficients), (True, False, False, 2, experts.size)
     taus, scratch = np.zeros((len(padded), TILE), padded.dtype), np.empty((3, TILE), padded.dtype)
     keys, hits = np.empty(TILE, np.int32), np.empty(TILE, np.uint8)
@@ -302,14 +310,19 @@ def select_and_combine(base, experts, cut, ties, chunk, coefficients, scale, out
         place, stop = start // chunk, min(start + TILE, base.size)
         if start % chunk == 0:
             left = of_chunk(ties, place)
-        own, part = base[start:stop], out[start:stop]
-        for k in range(experts.size):
-            watch(part_of(experts, k, start, stop, base), marks[0])
-        if left <= 0 and four_ops.covers(options):
-            low = lowest(cut, left)
-            four_ops.select_and_elect(base, four, start, stop, low, experts.size, table, scale, out)
-        else:
+        few, low, count = left <= 0 and four_ops.covers(options), lowest(cut, left), experts.size
+        for first in range(start, stop, STEP):
+            last = min(first + STEP, stop)
+            ask_for_all(base, experts, first)
+            for k in range(count):
+                watch(part_of(experts, k, first, last, base), marks[0])
+            if few:
+                four_ops.select_and_elect(base, four, first, last, low, count, table, scale, out)
+                compare(out[first:last], base[first:last], marks, lanes)
+        if not few:
+            own, part = base[start:stop], out[start:stop]
             left = selected(base, experts, start, stop, cut, left, taus, keys, scratch, hits, found)
             combine(taus, padded, options, scale, own, part, scratch)
-        account(part, own, marks, lanes, sums)
+            compare(part, own, marks, lanes)
+        fold(lanes, sums)
     return tallied(marks, sums)

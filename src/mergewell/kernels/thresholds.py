@@ -29,14 +29,17 @@ from mergewell.statistics.base import State
 from mergewell.statistics.ops import OrderStatistic
 from mergewell.tensor_group import CHUNK, Value
 
-_SAMPLE = (1 << 15, 1 << 18)
+_SAMPLE = (1 << 15, 1 << 19)
 """Least and most elements of a large tensor that are sampled, about."""
 
 _SPARSE = 16
 """A sample is at most this part of a tensor."""
 
+_FINE = 256
+"""A sample is this part of a very large tensor: of less, brackets hold more than there is room."""
+
 _COARSE = 1024
-"""A sample is this part of a very large tensor, and of a whole model."""
+"""A sample is this part of a whole model."""
 
 _DEVIATIONS = 6.0
 """Half the width of a bracket, in deviations that independent draws would have: so many, since
@@ -187,7 +190,7 @@ class OrderProgram(Program):
         stride = _COARSE
         if self.statistic.scope == "tensor":
             least, most = _SAMPLE
-            size = min(max(block.numel // _COARSE, least), most)
+            size = min(max(block.numel // _FINE, least), most)
             stride = max(_SPARSE, block.numel // size)
         scores = np.array(self.scores(block))
         keys = np.empty((len(scores), -(-block.base.size // (stride * RUN)) * RUN), np.int32)
