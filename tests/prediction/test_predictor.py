@@ -23,9 +23,10 @@ def test_a_tree_by_hand() -> None:
 
 def toy() -> Predictor:
     quantiles = {"expert": (-1, 2), "mean of 2": (-0.5, 0.5), "mean of 3 to 4": (-1, 1)}
+    facts = {"quantiles": quantiles, "alarms": {"b": [1, 0.5]}}
     return Predictor(
-        "weights", ("a", "b"), stump(0.5, 0.4, 0.8), stump(0.5, 0.1, 0.2), stump(0.5, 0, 1),
-        np.array([0.0, 0.0]), np.array([1.0, 1.0]), {"quantiles": quantiles, "alarm": 0.5},
+        "weights", ("a", "b"), stump(0.5, 0.4, 0.8), stump(0.5, 0.1, 0.2),
+        np.array([0.0, 0.0]), np.array([1.0, 1.0]), facts,
     )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def test_intervals_and_what_lies_outside() -> None:
     found = toy()([{"a": 0.1, "b": 0.2}, {"a": 3.0, "b": 0.7}])
     assert (found.mean.value, found.mean.low, found.mean.high) == pytest.approx((0.6, 0.525, 0.675))
     assert found.experts[1].high == pytest.approx(0.8 + 2 * 0.2)
-    assert found.broken == (0.0, 1.0)
+    assert found.alarms == ((), ("b",))
     assert found.outside == ("a",)
 
 

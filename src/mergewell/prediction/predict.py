@@ -77,8 +77,8 @@ class Prediction:
     sizes: tuple[tuple[tuple[str, ...], float], ...]
     """For K experts, K - 1, ... 2: which an average is best of, and its mean retention."""
 
-    alarms: tuple[str, ...]
-    """Experts that look unfit to be merged with the others: another base, permuted, overgrown."""
+    alarms: Mapping[str, tuple[str, ...]]
+    """Experts that look unfit to be merged with the others, and the features that say so."""
 
     @property
     def best(self) -> Expected:
@@ -105,7 +105,7 @@ class Prediction:
             ],
             "drop": asdict(self.drop) if self.drop else None,
             "sizes": [{"experts": list(names), "mean": mean} for names, mean in self.sizes],
-            "alarms": list(self.alarms),
+            "alarms": {name: list(why) for name, why in self.alarms.items()},
             "fitted_to": {key: facts[key] for key in ("merges", "experts", "bases", "tasks")},
             "points": facts.get("points", []),
         }
@@ -203,15 +203,13 @@ def _prediction(
     budget: Budget, names: Sequence[str], merges: Sequence[Expected], total: Tensor
 ) -> Prediction:
     ordered = tuple(sorted(merges, key=lambda each: -each.predicted.mean.value))
-    threshold = float(shipped(budget).facts["alarm"])
-    broken = [max(e.predicted.broken[k] for e in merges) for k in range(len(names))]
     return Prediction(
         budget,
         tuple(names),
         ordered,
         _drop(names, total),
         _sizes(names, total),
-        tuple(n for n, sure in zip(names, broken, strict=True) if sure > threshold),
+        {name: why for name, why in zip(names, merges[0].predicted.alarms, strict=True) if why},
     )
 
 

@@ -28,7 +28,7 @@ LEVEL = 0.9
 LEAST = 0.01
 """Least half-width of an interval."""
 
-_FORESTS = ("retention", "spread", "broken")
+_FORESTS = ("retention", "spread")
 _TOP = 1.5
 
 
@@ -49,8 +49,8 @@ class Predicted:
     """Mean over experts of merged accuracy / expert accuracy."""
 
     experts: tuple[Range, ...]
-    broken: tuple[float, ...]
-    """For each expert how sure it is that something makes it unfit to merge with the others."""
+    alarms: tuple[tuple[str, ...], ...]
+    """For each expert the features that say it is unfit to merge with the others."""
 
     outside: tuple[str, ...]
     """Features that lie outside everything that the predictor was fitted to."""
@@ -64,12 +64,11 @@ class Predictor:
     features: tuple[str, ...]
     retention: Forest
     spread: Forest
-    broken: Forest
     least: Numbers
     """Smallest and largest value of each feature that was fitted to, [F]."""
     most: Numbers
     facts: Mapping[str, Any]
-    """Quantiles of the intervals, the alarm's threshold, and what it was fitted to."""
+    """Quantiles of the intervals, thresholds of the alarms, and what it was fitted to."""
 
     def __call__(self, experts: Sequence[Mapping[str, float]]) -> Predicted:
         """Return what is expected of a merge from the features of each expert in it."""
@@ -84,8 +83,16 @@ class Predictor:
         return Predicted(
             _range(float(values.mean()), float(widths.mean()), low, high),
             each,
-            tuple(map(float, self.broken(rows).clip(0, 1))),
+            tuple(self._alarms(one) for one in experts),
             tuple(self.features[index] for index in np.flatnonzero(beyond)),
+        )
+
+    def _alarms(self, expert: Mapping[str, float]) -> tuple[str, ...]:
+        """Return what is beyond its threshold: a sign and an end for each of a few features."""
+        return tuple(
+            name
+            for name, (sign, end) in self.facts["alarms"].items()
+            if sign * expert.get(name, np.nan) > sign * end
         )
 
     def widths(self, rows: Numbers, values: Numbers) -> Numbers:

@@ -29,6 +29,15 @@ _REST = {
 """What features are about, as a reader would say it."""
 
 
+_ALARMS: Mapping[str, str] = {
+    "w_base": "it has little of this base, as a model of another base or with its units in "
+    "another order",
+    "w_norm": "it moved far further than experts do that merge",
+    "u_kl_base_own": "it answers its own inputs as unlike the base as only broken experts do",
+}
+"""What an alarm's feature means."""
+
+
 class Range(Record):
     """A predicted retention and the interval that held 9 of 10 measured ones."""
 
@@ -74,7 +83,7 @@ class Prediction(Record):
     merges: tuple[Merge, ...]
     drop: Drop | None = None
     sizes: tuple[Size, ...] = ()
-    alarms: tuple[str, ...] = ()
+    alarms: Mapping[str, tuple[str, ...]] = {}
     fitted_to: Mapping[str, int]
     points: tuple[tuple[float, float], ...] = ()
     """Predicted and measured mean retention of merges of the atlas, each held out."""
@@ -103,12 +112,9 @@ def outlook(of: Prediction) -> Outlook:
         + f" ({WORDS.get(of.budget, of.budget)})."
     )
     lines: list[str] = []
-    if of.alarms:
-        doubts = "do not look like fine-tunes" if len(of.alarms) > 1 else "does not look like one"
-        lines.append(
-            f"{listed(of.alarms)} {doubts} of this base that would merge: another base, units in "
-            "another order, or a task vector far too large; look at it before you merge."
-        )
+    for name, why in of.alarms.items():
+        said = listed(tuple(_ALARMS.get(one, one) for one in why))
+        lines.append(f"Look at {name} before you merge it: {said}.")
     name, least = min(best.experts.items(), key=lambda one: one[1].value)
     if len(best.experts) > 1:
         lines.append(f"{name} keeps least: {span(least)}.")

@@ -1,0 +1,3 @@
+"""stub"""
+def page(t, m): return "x\n"
+def picture(t): return "x\n"
