@@ -22,6 +22,7 @@ LAYERS = [
         "changes",
         "run",
         "opening",
+        "card",
         "stages",
         "tokenizers",
         "blocks",

@@ -153,7 +153,7 @@ def test_a_malformed_config_is_a_named_error(folder: Path):
 
 
 def test_what_is_missing_is_said(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"org/model does not exist; .*are not fetched"):
+    with pytest.raises(CheckpointError, match=r"org/model does not exist; .*ORG/NAME@REVISION"):
         open_checkpoint("org/model")
     with pytest.raises(CheckpointError, match=r"none of model.safetensors, .*; check the path"):
         open_checkpoint(tmp_path)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from toys import family
 
+from mergewell.card import write_card
 from mergewell.errors import CheckpointError
 from mergewell.plan import make_plan
 from mergewell.recipe import make_recipe
@@ -102,6 +103,8 @@ def etag(file: Path) -> str:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     base, experts = family(tmp_path / "toys", experts=1)
+    for folder in (base, *experts):
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     (base / "pytorch_model.bin").write_bytes(b"not wanted")
     (experts[0] / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (tmp_path / "toys" / "empty").mkdir()
@@ -133,6 +136,9 @@ def test_models_of_the_hub_are_merged(server: Server, tmp_path: Path) -> None:
     assert all(COMMIT in file.path for file in manifest.inputs)
     assert torch.equal(plan.experts[0]["scale"], make_plan(recipe).experts[0]["scale"])
     assert not any(path.endswith(".bin") for path in server.asked)
+    card = write_card(tmp_path / "out").read_text()
+    assert "license: mit" in card
+    assert f"- {expert}" in card
 
 
 @pytest.mark.parametrize(
