@@ -293,6 +293,11 @@ def _read_recipe(file: Path, reading: tuple[Path, ...]) -> Recipe:
         return recipe_from_documents(contents, where=str(file), base_dir=file.parent)
     if len(contents) > 1:
         raise RecipeError(f"{file} has {len(contents)} documents; write stages under `stages`.")
+    if "gate_mode" in contents[0]:
+        raise RecipeError(
+            f"{file} describes a mixture of experts, which is no merge; write it with "
+            "mergewell.mixture.write.write_mixture."
+        )
     recipe = make_recipe(contents[0], where=str(file))
     stages = {
         model: _read_recipe(file.parent / model, (*reading, file.resolve()))
