@@ -61,6 +61,10 @@ FROZEN = {
         "--to", "--data", "--match", "--zip", "--model-factory", "--samples", "--seed", "--out",
         "--json",
     },
+    "evaluate": {
+        "--base", "--expert", "--data", "--metric", "--model-factory", "--samples", "--seed",
+        "--json",
+    },
     "doctor": {
         "--base", "--expert", "--method", "--data", "--model-factory", "--strict", "--json",
     },

@@ -10,6 +10,7 @@ import typer
 
 from mergewell.cli.align import align
 from mergewell.cli.doctor import doctor
+from mergewell.cli.evaluate import evaluate
 from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.learn import learn
@@ -288,6 +289,7 @@ app.command()(tune)
 app.command()(extract)
 app.command()(align)
 app.command()(doctor)
+app.command()(evaluate)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""What models do at tasks: labelled data, texts, any Python function, the lm-eval harness."""
