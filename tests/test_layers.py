@@ -24,6 +24,7 @@ LAYERS = [
         "opening",
         "card",
         "mixture",
+        "pipeline",
         "stages",
         "tokenizers",
         "blocks",

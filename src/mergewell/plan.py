@@ -21,6 +21,7 @@ from mergewell.recipe import Recipe, Rule
 from mergewell.repair_step import module_source
 from mergewell.stages import StageCheckpoint
 from mergewell.storage.checkpoint import Checkpoint
+from mergewell.storage.folder import DIFFUSION
 from mergewell.storage.layout import shard_layouts
 from mergewell.storage.manifest import Algorithm, InputFile, input_file
 from mergewell.storage.spec import TensorSpec
@@ -259,6 +260,9 @@ def make_plan(recipe: Recipe) -> Plan:
         module_source(recipe.repair, str(reference.path))
     written = {name: task.spec for name, task in tasks.items()}
     layouts = shard_layouts(reference.shards, written, recipe.shard_bytes)
+    if reference.files[0].name.startswith(DIFFUSION):  # diffusers looks for its own name
+        specs = tuple(spec for layout in layouts for spec in layout.specs)
+        layouts = (ShardLayout(f"{DIFFUSION}.safetensors", specs),)
     return Plan(recipe, base, experts, tasks, layouts, tuple(warnings), guidance)
 
 

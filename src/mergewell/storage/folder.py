@@ -10,9 +10,15 @@ from mergewell.errors import CheckpointError
 from mergewell.storage.strict_json import read_object
 
 INDEX_SUFFIX = ".index.json"
+PIPELINE = "model_index.json"
+"""What names the components of a diffusers folder."""
+DIFFUSION = "diffusion_pytorch_model"
+"""What diffusers calls weights of a component that is not of transformers."""
 _KINDS = (
     ("model.safetensors", "model.safetensors.index.json"),
+    (f"{DIFFUSION}.safetensors", f"{DIFFUSION}.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    (f"{DIFFUSION}.bin", f"{DIFFUSION}.bin.index.json"),
 )
 _SIDE_PATTERNS = (
     "config.json",
@@ -99,6 +105,12 @@ def _main_file(folder: Path) -> Path:
             )
         if present:
             return present[0]
+    if (folder / PIPELINE).is_file():
+        parts = sorted(path.name for path in folder.iterdir() if (path / "config.json").is_file())
+        raise CheckpointError(
+            f"{folder} is a pipeline of several models; give one of its folders "
+            f"({', '.join(parts)}), or merge it whole with mergewell.pipeline.merge_pipeline."
+        )
     kinds = ("*.safetensors", "*.gguf")
     others = sorted(file.name for kind in kinds for file in folder.glob(kind))
     hint = f"give one of its files ({', '.join(others[:4])})" if others else "check the path"
