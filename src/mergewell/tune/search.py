@@ -6,7 +6,7 @@ Candidates that differ in `scale` alone share one merge. Shapes: M candidates, R
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,23 +63,12 @@ def tune(
     """
     if not tried:
         raise RecipeError("There is no candidate to try; name a method.")
-    module, base = factory(), _base(recipe, tried)
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in tried:
-        key = json.dumps([candidate.method, dict(candidate.parameters)], sort_keys=True)
-        groups.setdefault(key, []).append(candidate)
     found: dict[int, Losses] = {}
-    for group in groups.values():
-        unscaled = Candidate(
-            group[0].method, group[0].parameters, None if group[0].scale is None else 1.0
-        )
-        merged = dict(merge_tensors(make_plan(_with(recipe, unscaled, dtype="float32"))))
-        for candidate in group:
-            load_state(module, _scaled(base, merged, candidate.scale))
-            found[id(candidate)] = objective.losses(module)
-            if on_step is not None:
-                on_step("candidates", len(found), len(tried))
-    losses = [found[id(candidate)] for candidate in tried]
+    for place, module in merged(recipe, tried, factory):
+        found[place] = objective.losses(module)
+        if on_step is not None:
+            on_step("candidates", len(found), len(tried))
+    losses = [found[place] for place in range(len(tried))]
     values = np.array([np.mean([task.mean() for task in one]) for one in losses])
     draws = np.mean(
         [
@@ -102,6 +91,29 @@ def tune(
         tuple(Tried(tried[i], estimate(float(values[i]), draws[:, i])) for i in map(int, order)),
         regret,
     )
+
+
+def merged(
+    recipe: Recipe, tried: Sequence[Candidate], factory: Callable[[], nn.Module]
+) -> Iterator[tuple[int, nn.Module]]:
+    """Yield each candidate's place and one module that holds its merge until the next is asked for.
+
+    Raises:
+        RecipeError: no base where scales are searched.
+        UserError: as `make_plan`, `merge_tensors` and `load_state`.
+    """
+    module, base = factory(), _base(recipe, tried)
+    groups: dict[str, list[int]] = {}
+    for place, candidate in enumerate(tried):
+        key = json.dumps([candidate.method, dict(candidate.parameters)], sort_keys=True)
+        groups.setdefault(key, []).append(place)
+    for places in groups.values():
+        first = tried[places[0]]
+        whole = Candidate(first.method, first.parameters, None if first.scale is None else 1.0)
+        tensors = dict(merge_tensors(make_plan(_with(recipe, whole, dtype="float32"))))
+        for place in places:
+            load_state(module, _scaled(base, tensors, tried[place].scale))
+            yield place, module
 
 
 def _with(recipe: Recipe, candidate: Candidate, *, dtype: str | None = None) -> Recipe:
