@@ -106,7 +106,15 @@ def test_tokens_templates_and_special_tokens_of_one_model_are_warned_of(tmp_path
 
 
 def test_other_shapes_are_refused_without_a_choice(three: list[str]) -> None:
-    with pytest.raises(PlanError, match=r"vocab_size = 4"):
+    with pytest.raises(PlanError, match=r"one: .* 4 rows, with 1 tokens that only it has \('x'\)"):
+        make_plan(recipe_of(three))
+    with pytest.raises(
+        PlanError, match=r"base: .* 3 rows, with 1 tokens that only .*one has \('x'"
+    ):
+        make_plan(recipe_of([three[1], three[0]]))
+    for path in three:
+        (Path(path) / "tokenizer.json").unlink()
+    with pytest.raises(PlanError, match="vocab_size = 4"):
         make_plan(recipe_of(three))
 
 

@@ -37,6 +37,24 @@ def require_same(
     return warnings
 
 
+def refuse_other_rows(
+    path: Path, rows: int, due: int, *, reference: Vocabulary, other: Vocabulary
+) -> None:
+    """Raise PlanError, which names the tokens, where embeddings have rows for other tokens."""
+    more = [repr(token) for token in other.numbers if token not in reference.numbers]
+    fewer = [repr(token) for token in reference.numbers if token not in other.numbers]
+    parts = [
+        f"{len(tokens)} tokens that only {owner} has ({_list(tokens)})"
+        for tokens, owner in [(more, "it"), (fewer, str(reference.folder))]
+        if tokens
+    ]
+    said = f", with {' and '.join(parts)}" if parts else ""
+    raise PlanError(
+        f"{path}: its embeddings have {rows} rows{said}, but those of {reference.folder} {due}; "
+        "choose a vocabulary with `tokenizer: {source: union}`, base or a folder in the recipe."
+    )
+
+
 def conflicts(reference: Vocabulary, other: Vocabulary) -> list[str]:
     """Return sentences' parts on what has one number in one vocabulary and another in the other."""
     if reference.numbers == other.numbers:

@@ -15,7 +15,7 @@ from mergewell.storage.base import Checkpoint
 from mergewell.storage.folder import find_side_files, is_there
 from mergewell.storage.strict_json import read_object
 from mergewell.tokenizers.choice import BASE, SAME, UNION, TokenizerChoice
-from mergewell.tokenizers.differences import other_uses, require_same
+from mergewell.tokenizers.differences import other_uses, refuse_other_rows, require_same
 from mergewell.tokenizers.rows import Member, Rows, find_rows
 from mergewell.tokenizers.union import join
 from mergewell.tokenizers.view import VocabularyView, tables_of
@@ -51,6 +51,7 @@ def with_one_vocabulary(choice: TokenizerChoice | None, models: Sequence[Checkpo
     pairs = [(model.path, known) for model, known in zip(models, found, strict=True)][1:]
     if choice is None or choice.source == SAME:
         warnings = require_same(found[0], pairs)
+        _require_rows(models, found)
         if choice is None or choice.chat_template is None or found[0] is None:
             return Joint(tuple(models), tuple(warnings))
         files = _with_template(dict.fromkeys(found[0].files), choice.chat_template, found)
@@ -86,6 +87,16 @@ def with_one_vocabulary(choice: TokenizerChoice | None, models: Sequence[Checkpo
         ),
         (*warnings, *more, *uses),
     )
+
+
+def _require_rows(models: Sequence[Checkpoint], found: Sequence[Vocabulary | None]) -> None:
+    due = next(iter(tables_of(models[0]).values()), None)
+    for model, vocabulary in zip(models[1:], found[1:], strict=True):
+        rows = next(iter(tables_of(model).values()), None)
+        if None in (due, rows, found[0], vocabulary) or rows == due:
+            continue
+        assert due and rows and found[0] and vocabulary
+        refuse_other_rows(model.path, rows, due, reference=found[0], other=vocabulary)
 
 
 def _vocabularies(models: Sequence[Checkpoint]) -> list[Vocabulary | None]:

@@ -20,8 +20,10 @@ from mergewell.storage.strict_json import parse_object
 from mergewell.storage.weight_file import WeightFile
 from mergewell.tokenizers.rows import MEAN, Origin, Rows
 
-_TABLE = re.compile(
-    r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|shared|embed_in)\.weight$|"
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|shared|embed_in)\.weight$"
+)
+_HEAD = re.compile(
     r"(^|\.)(embed_out|lm_head|predictions|vocab_projector|output)(\.decoder)?\.(weight|bias)$"
 )
 _SIZE = "vocab_size"
@@ -30,24 +32,15 @@ _SIZE = "vocab_size"
 def tables_of(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the tensors with a row for each token, and how many they have.
 
-    They are told by their names and by sharing the rows that `config.json` or the first of them
-    gives.
+    They are told by their names, and have the rows of the first of the embeddings.
     """
-    named = [n for n, spec in checkpoint.specs.items() if _TABLE.search(n) and spec.shape]
-    rows = _size(checkpoint.config) or next(
-        (checkpoint.spec(n).shape[0] for n in named if len(checkpoint.spec(n).shape) == 2), 0
-    )
-    return {name: rows for name in named if rows and checkpoint.spec(name).shape[0] == rows}
-
-
-def _size(config: Mapping[str, Any] | None) -> int | None:
-    if config is None:
-        return None
-    found: object = config.get(_SIZE)
-    if isinstance(found, int):
-        return found
-    inner = (cast("dict[str, Any]", v) for v in config.values() if isinstance(v, dict))
-    return next((n for part in inner if (n := _size(part)) is not None), None)
+    shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
+    rows = next((s[0] for n, s in shapes.items() if _EMBEDDING.search(n) and len(s) == 2), 0)
+    return {
+        name: rows
+        for name, shape in shapes.items()
+        if rows and shape[:1] == (rows,) and (_EMBEDDING.search(name) or _HEAD.search(name))
+    }
 
 
 class VocabularyView(Checkpoint):
