@@ -180,7 +180,7 @@ class Rows:
 
     def varies(self, knob: str) -> bool:
         """Return whether enough runs differ in a setting."""
-        runs = {run: value for run, value in zip(self.run, self.own(knob), strict=True)}
+        runs = dict(zip(self.run, self.own(knob), strict=True))
         counts = Counter(runs.values()).most_common()
         return sum(n for _, n in counts[1:]) >= FEWEST
 
@@ -225,10 +225,10 @@ def fit(rows: Rows, asked: np.ndarray, within: np.ndarray, *, draws: int) -> Fit
         found = np.linalg.solve(left, x.T @ (y * weights[:, None])) / scale[:, None]
         return found[: asked.shape[1]]
 
-    drawn = [
-        solved(rng.exponential(size=sets.max() + 1)[sets] * rng.exponential(size=runs.max() + 1)[runs])
-        for _ in range(draws)
-    ]  # fmt: skip
+    drawn: list[np.ndarray] = []
+    for _ in range(draws):
+        of_set, of_run = (rng.exponential(size=places.max() + 1) for places in (sets, runs))
+        drawn.append(solved(of_set[sets] * of_run[runs]))
     return Fit(solved(np.ones(len(x))), np.stack(drawn))
 
 
@@ -296,9 +296,7 @@ def late_fit(rows: Rows, *, draws: int) -> dict[str, Any] | None:
     """Return what the end of a run does beside its earlier checkpoint, within runs."""
     stops: dict[str, set[int]] = {}
     for row in rows.rows:
-        stops.setdefault(rows.run_of(row["expert"]), set()).add(
-            rows.experts[row["expert"]]["step"]
-        )
+        stops.setdefault(rows.run_of(row["expert"]), set()).add(rows.experts[row["expert"]]["step"])
     both = rows.only(lambda row: len(stops[rows.run_of(row["expert"])]) > 1)
     if len(set(both.run)) < 2 * FEWEST:
         return None
@@ -439,7 +437,12 @@ def shipped(told: Mapping[str, Any]) -> dict[str, Any]:
         "version": 1, "merges": told["merges"], "runs": told["runs"],
         "effects": {
             knob: {
-                name: {e: found["effects"][knob][e] for e in ends}
+                name: {
+                    "retention": {e: found["effects"][knob][e] for e in ends},
+                    "merged_accuracy": {
+                        e: found["effects"][knob]["merged_accuracy"][e] for e in ends
+                    },
+                }
                 for name, found in told["families"].items() if knob in found["effects"]
             }
             for knob in told["verdicts"]

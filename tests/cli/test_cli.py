@@ -57,6 +57,9 @@ FROZEN = {
     "extract": {
         "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
     },
+    "advise": {
+        "--base", "--expert", "--settings", "--data", "--samples", "--model-factory", "--json",
+    },
     "align": {
         "--to", "--data", "--match", "--zip", "--model-factory", "--samples", "--seed", "--out",
         "--json",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mergewell.cli.advise import advise
 from mergewell.cli.align import align
 from mergewell.cli.doctor import doctor
 from mergewell.cli.evaluate import evaluate
@@ -288,6 +289,7 @@ app.command()(learn)
 app.command()(tune)
 app.command()(extract)
 app.command()(align)
+app.command()(advise)
 app.command()(doctor)
 app.command()(evaluate)
 

@@ -1,0 +1,1 @@
+"""Advice for fine-tuning experts that shall merge: a bound, what dominates it, what to turn."""
