@@ -64,12 +64,14 @@ FROZEN = {
         "--to", "--data", "--match", "--zip", "--model-factory", "--samples", "--seed", "--out",
         "--json",
     },
+    "doctor": {
+        "--base", "--expert", "--method", "--data", "--model-factory", "--strict", "--json",
+    },
+    "init": {"--base", "--expert", "--method", "--out"},
+    "schema": {"--out"},
     "evaluate": {
         "--base", "--expert", "--data", "--metric", "--model-factory", "--samples", "--seed",
         "--json",
-    },
-    "doctor": {
-        "--base", "--expert", "--method", "--data", "--model-factory", "--strict", "--json",
     },
 }  # fmt: skip
 

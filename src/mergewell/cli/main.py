@@ -14,12 +14,14 @@ from mergewell.cli.doctor import doctor
 from mergewell.cli.evaluate import evaluate
 from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
+from mergewell.cli.init import init
 from mergewell.cli.learn import learn
 from mergewell.cli.restore import restore
+from mergewell.cli.schema import schema
 from mergewell.cli.tune import tune
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,13 +62,24 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _set_progress(style: str | None) -> None:
+    if style is not None:
+        from mergewell.cli.progress import set_style
+
+        set_style(style)
+
+
 @app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
+    progress: Annotated[
+        str | None,
+        typer.Option(callback=_set_progress, help="auto, plain, json (events) or none."),
+    ] = None,
 ) -> None:
-    del version
+    del version, progress
 
 
 @app.command()
@@ -292,6 +305,8 @@ app.command()(align)
 app.command()(advise)
 app.command()(doctor)
 app.command()(evaluate)
+app.command()(init)
+app.command()(schema)
 
 
 def main(arguments: list[str] | None = None) -> int:
