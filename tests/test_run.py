@@ -19,6 +19,7 @@ from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
 from mergewell.recipe import make_recipe
 from mergewell.run import merge_tensors, run
+from mergewell.statistics.inner_products import InnerProducts
 from mergewell.storage.manifest import read_manifest, verify_files
 from mergewell.tensor_group import CHUNK, TensorGroup
 
@@ -28,6 +29,7 @@ VARIANTS = [
     {"name": "ties", "density": 0.3},
     {"name": "ties", "density": 0.3, "trim_scope": "model"},
     {"name": "dare", "density": 0.3, "rescale": "norm"},
+    {"name": "metagpt"},
 ]
 
 
@@ -130,6 +132,25 @@ def test_trimming_over_the_whole_model_is_that_of_one_long_tensor(tmp_path: Path
     group = TensorGroup("all", tuple(flat[1:]), torch.ones(2, dtype=torch.float64), flat[0])
     expected = METHODS.build("ties", {"density": 0.1}).merge(group).float()
     assert torch.equal(torch.cat([merged[n].flatten() for n in names]), expected)
+
+
+def test_small_tensors_do_not_keep_a_whole_model_from_the_fused_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"large": 300 * 300, "small": 7}
+    state = {name: torch.linspace(-1, 1, size) for name, size in sizes.items()}
+    scaled = [{n: t * (1 + i) for n, t in state.items()} for i in range(3)]
+    models = [save(tmp_path / str(i), s, torch.float32) for i, s in enumerate(scaled)]
+    plan = make_plan(recipe_of(models[0], models[1:], {"name": "metagpt"}))
+    expected = {n: t * (1 + 1 * 0.2 + 2 * 0.8) for n, t in state.items()}  # shares 1 : 4
+    for name, merged in merge_tensors(plan):
+        assert torch.allclose(merged, expected[name], rtol=1e-6)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the torch form holds a block of every model in float64")
+
+    monkeypatch.setattr(InnerProducts, "update", refuse)
+    assert {name for name, _ in merge_tensors(plan)} == {*sizes}
 
 
 def test_one_expert_comes_back_bitwise(tmp_path: Path) -> None:

@@ -76,13 +76,18 @@ def fused_blocks_of(plan: Plan, task: TensorTask, block: int, device: Device = C
     return blocks_of(task, FUSED * block if fused else block)
 
 
-def is_raw(plan: Plan, task: TensorTask, *, rows: bool = False) -> bool:
-    """Return whether fused forms can take this tensor as it is stored; `rows` for those of rows."""
+def is_raw(plan: Plan, task: TensorTask, *, rows: bool = False, small: bool = False) -> bool:
+    """Return whether fused forms can take this tensor as it is stored.
+
+    `rows` for those of rows; `small` where a large tensor has the compiled code loaded anyhow.
+    """
     if task.copied_from is not None:
         return False
     if task.method.needs.granularity not in ("element", "row" if rows else "element"):
         return False
-    if task.spec.numel < kernels.SMALLEST or task.spec.dtype not in kernels.STORED:
+    if task.spec.numel < (1 if small else kernels.SMALLEST):
+        return False
+    if task.spec.dtype not in kernels.STORED:
         return False
     return all(model.spec(task.name).dtype == task.spec.dtype for model in plan.inputs)
 
@@ -157,11 +162,13 @@ def _merge_group(plan: Plan, block: Block, group: TensorGroup, device: Device) -
     return Merged(block, device.down(stored), change_of(stored, original, wide))
 
 
-def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
-    """Return the block as it is stored, where a fused form can take it so."""
+def raw_of(
+    plan: Plan, block: Block, values: Values, *, small: bool = False
+) -> kernels.RawBlock | None:
+    """Return the block as it is stored, where a fused form can take it so; see `is_raw`."""
     task = block.task
     # no fused form sees a calibration
-    if task.method.needs.calibration or not is_raw(plan, task, rows=True):
+    if task.method.needs.calibration or not is_raw(plan, task, rows=True, small=small):
         return None
     shape = task.spec.shape
     tensors = [read(model, task.name, block) for model in plan.inputs]
@@ -176,6 +183,7 @@ def raw_of(plan: Plan, block: Block, values: Values) -> kernels.RawBlock | None:
         statistics=values,
         reference=read(plan.reference, task.name, block),
         row=task.spec.numel // shape[0] if len(shape) > 1 and shape[0] else None,
+        smallest=1 if small else kernels.SMALLEST,
     )
 
 

@@ -42,7 +42,9 @@ OnProgress = Callable[[int], None]
 """Called with the bytes of result just written."""
 
 _STATISTIC = 8
-"""Blocks that a torch form of a statistic takes at a time: its state costs more than they do."""
+"""Blocks of one model each, about, that a torch form of a statistic takes at a time.
+
+Its state costs more than a block does, but its temporaries are as wide as all models are."""
 
 _BATCH = 1 << 26
 """Elements of the tensors whose statistics are made before they are merged together."""
@@ -278,9 +280,10 @@ def _measure(
     values: dict[str, dict[WeightStatistic, Value]] = {}
     for statistic, tasks in users.items():
         program = kernels.program(statistic) if device.fused else None
-        raw = [task for task in tasks if program is not None and is_raw(plan, task)]
-        if statistic.scope == "model" and len(raw) < len(tasks):
-            raw = []  # all tensors make one value together
+        whole = statistic.scope == "model"  # all tensors make one value together, in one form
+        raw = [task for task in tasks if program is not None and is_raw(plan, task, small=whole)]
+        if whole and (len(raw) < len(tasks) or not any(is_raw(plan, task) for task in raw)):
+            raw = []
         if program is not None and raw:
             _pass_over(plan, engine, program, raw, block, values, device)
         rest = [task for task in tasks if task not in raw]
@@ -308,11 +311,12 @@ def _pass_over(
             group, known = group_of(plan, part, {}, device), device.all_up(done)
             with device.working():
                 return device.all_down(form.update(known, group, index))
-        raw = raw_of(plan, part, {})
+        raw = raw_of(plan, part, {}, small=True)
         assert raw is not None  # `is_raw` said so
         return form.update(done, raw, index)
 
-    size = (_STATISTIC if isinstance(form, WeightStatistic) else FUSED) * block
+    few = max(1, _STATISTIC // len(plan.inputs))
+    size = (few if isinstance(form, WeightStatistic) else FUSED) * block
     for index in range(form.passes):
         wanted = [task for task in tasks if form.wanted(done, task.name, index)]
         blocks = [part for task in wanted for part in blocks_of(task, size)]

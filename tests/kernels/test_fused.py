@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     *(("sce", {"density": d, "scale": 0.7}, k) for d, k in ((1.0, 2), (0.5, 4))),
     ("slerp", {"t": 0.3}, 2),
     *(("model_stock", {}, k) for k in (1, 3, 5)),
+    ("metagpt", {"scope": "tensor"}, 3),
 ]  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def raw_block(
     statistics: Mapping[WeightStatistic, Value],
     reference: Tensor | None = None,
     row: int | None = None,
+    smallest: int = SMALLEST,
 ) -> RawBlock | None:
     """Return the block as it is stored; None where dtypes differ or have no fused form.
 
@@ -104,7 +105,7 @@ def raw_block(
     dtype = tensors[0].dtype
     if dtype not in STORED or any(t.dtype != dtype for t in tensors):
         return None
-    if max(numel, tensors[0].numel()) < SMALLEST:
+    if max(numel, tensors[0].numel()) < smallest:
         return None
     return RawBlock(
         name,
