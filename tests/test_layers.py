@@ -57,8 +57,8 @@ LAYERS = [
         "finetune",
         "surgery",
     },
-    {"report", "tune", "advise", "check", "demo", "doctor"},
-    {"cli"},
+    {"report", "tune", "partners", "advise", "check", "demo", "doctor"},
+    {"cli", "api"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FAMILIES = {"methods", "diagnostics", "learners"}
