@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ from table import known
 from mergewell.prediction.answers import UNLABELLED
 from mergewell.prediction.forest import rows_of
 from mergewell.prediction.lie import OF_EXPERTS, OF_MERGES
+from mergewell.prediction.predictor import MEANS, with_means
 from mergewell.prediction.resemblance import ALIKE
 
 WEIGHTS = (*OF_EXPERTS, *OF_MERGES)
 LABELLED = ("l_right", "l_loss", "l_retention", "l_loss_rise")
+MEANT = tuple(f"mean_{name}" for name in MEANS)
 FEATURES = {
     "weights": WEIGHTS,
-    "unlabelled": (*WEIGHTS, *UNLABELLED, *ALIKE),
-    "labelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *LABELLED),
+    "unlabelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *MEANT),
+    "labelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *MEANT, *LABELLED),
 }
 TOP = 1.5
 """Retention is cut here: an expert that is worse than the merge can be so by any factor."""
@@ -46,7 +49,8 @@ class Evidence:
                 if row.get("u_cka_said") is None:
                     continue
                 found.append({**merge, **row, "of": (family, *_key(row)), "family": family})
-        return cls(found)
+        merged = groupby(found, key=lambda row: row["of"])
+        return cls([row for _, rows in merged for row in with_means(list(rows))])
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -14,6 +14,7 @@ from mergewell.calibration.collect import OnStep, calibrate
 from mergewell.calibration.data import Data
 from mergewell.calibration.models import require_same
 from mergewell.calibration.result import Calibration
+from mergewell.descent.tasks import LearningTask
 from mergewell.diagnostics.base import DIAGNOSTICS, Evidence, Finding, Level
 from mergewell.diagnostics.m_loss import FAIR, POOR, layer_verdict
 from mergewell.diagnostics.ops import (
@@ -26,6 +27,7 @@ from mergewell.models.capture import LayerMLoss
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 from mergewell.prediction.predict import (
+    METHODS,
     Prediction,
     own_tasks,
     predict_by_inputs,
@@ -43,14 +45,17 @@ def check(
     data: Data | None = None,
     calibration: Calibration | None = None,
     deep: bool = False,
+    tasks: Sequence[LearningTask] = (),
+    methods: Sequence[Mapping[str, Any]] = METHODS,
     on_step: OnStep | None = None,
 ) -> Check:
     """Return whether the experts of a plan will merge; `names` are their short names.
 
     What takes long on large models (matrices decomposed, entries ranked) is done if `deep`.
 
-    What the merge will keep is predicted from the weights, and from what all models answer where
-    `data` say of each input whose task it is; then several merges are made in memory.
+    What the merge will keep is predicted from the weights, or from what all models answer on a few
+    inputs of each expert's task: `tasks`, with heads, in the order of the experts, or `data` that
+    say of each batch whose it is. Then a merge by each of the `methods` is made in memory.
 
     The plan's recipe says what "merged" means where M-Loss runs the merged model. What running the
     models shows is taken from `calibration`, if given, and else gathered on `data`, if given.
@@ -80,7 +85,12 @@ def check(
         **(_matrices(plan, on_step) if deep else {}),
         **_activations(calibration),
     )
-    prediction = _prediction(plan, names, sums, data, on_step)
+    prediction = _prediction(plan, names, sums)
+    own = tasks or (own_tasks(data) if data is not None else ())
+    if prediction is not None and data is not None and len(own) == len(names):
+        prediction = predict_by_inputs(
+            plan, names, own, data.factory, methods=methods, on_step=on_step
+        )
     asked = [DIAGNOSTICS.build(name, {}) for name in DIAGNOSTICS.names()]
     answers = [(one, one.measure(evidence)) for one in asked]
     unanswered = {
@@ -114,23 +124,15 @@ def check(
 
 
 def _prediction(
-    plan: Plan,
-    names: Sequence[str],
-    sums: Mapping[str, TaskVectorSums],
-    data: Data | None,
-    on_step: OnStep | None,
+    plan: Plan, names: Sequence[str], sums: Mapping[str, TaskVectorSums]
 ) -> Prediction | None:
-    """Return what the merge will keep; nothing is expected where nothing moved."""
+    """Return what the merge will keep by its weights; nothing is expected where nothing moved."""
     moved = [s.products for s in sums.values() if bool((s.products.diagonal()[1:] > 0).any())]
     if len(names) < 2 or not moved:
         return None
     total = torch.stack(moved).sum(0)
     if not bool((total.diagonal()[1:] > 0).all()):
         return None
-    tasks = own_tasks(data) if data is not None else []
-    if len(tasks) == len(names):
-        assert data is not None
-        return predict_by_inputs(plan, names, tasks, data.factory, on_step=on_step)
     return predict_by_weights(total, names, [one.coefficient for one in plan.recipe.experts])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mergewell.prediction.forest import Forest, rows_of
-from mergewell.prediction.predictor import Predictor, shipped
+from mergewell.prediction.predictor import Predictor, shipped, with_means
 
 
 def stump(at: float, low: float, high: float, start: float = 0.0) -> Forest:
@@ -59,3 +59,8 @@ def test_what_is_shipped_is_ordered_as_anyone_would(budget: str) -> None:
     rest = {"w_experts": 2.0, "w_norm": 0.1}
     kept, lost = (predictor([rest | one, rest | one]).mean.value for one in (near, far))
     assert kept > lost + 0.05
+
+
+def test_means_stand_beside_each_expert() -> None:
+    found = with_means([{"u_conf": 0.5, "w_norm": 1.0}, {"u_conf": 1.0}])
+    assert found[1] == {"u_conf": 1.0, "mean_u_conf": 0.75}

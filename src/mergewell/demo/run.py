@@ -14,6 +14,7 @@ import torch
 
 from mergewell.check import Data, build_module, check
 from mergewell.demo.suite import Suite
+from mergewell.descent.tasks import LearningTask
 from mergewell.errors import OutputError
 from mergewell.evaluate import Estimate, Evaluation, ModelResult, evaluate
 from mergewell.plan import make_plan
@@ -58,6 +59,10 @@ def _run(folder: Path, *, text: bool, step: OnStep) -> Results:
     clock = _Clock()
     with clock.time("experts"):
         suite = _suite(text, step)
+    recipes = {
+        name: _recipe(suite, {**parameters, **suite.settings.get(name, {})})
+        for name, parameters in METHODS.items()
+    }
     with clock.time("check"):
         found = check(
             make_plan(_recipe(suite, METHODS["average"])),
@@ -67,12 +72,13 @@ def _run(folder: Path, *, text: bool, step: OnStep) -> Results:
                 suite.calibration,
                 sum(len(_first(batch)) for batch in suite.calibration),
             ),
+            tasks=[
+                LearningTask(number, own, head=task.head)
+                for number, (own, task) in enumerate(zip(suite.own, suite.tasks, strict=False))
+            ],
+            methods=[recipe.method.model_dump() for recipe in recipes.values()],
             on_step=step,
         )
-    recipes = {
-        name: _recipe(suite, {**parameters, **suite.settings.get(name, {})})
-        for name, parameters in METHODS.items()
-    }
     with clock.time("merge"):
         for done, (name, recipe) in enumerate(recipes.items()):
             step("merges", done, len(recipes))

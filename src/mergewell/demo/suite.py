@@ -37,3 +37,6 @@ class Suite:
 
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Parameters of the demo's methods, chosen on validation data, by method."""
+
+    own: tuple[tuple[Batch, ...], ...] = ()
+    """A few unlabelled inputs of each task, in the order of the tasks; or none."""

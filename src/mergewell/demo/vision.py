@@ -171,6 +171,7 @@ def suite() -> Suite:
         experts={task: task_vector_path(task) for task in TASKS},
         tasks=tuple(_evaluation_task(task, head) for task, head in heads().items()),
         calibration=tuple(calibration_images(task) for task in TASKS),
+        own=tuple((calibration_images(task),) for task in TASKS),
         settings={
             "task_arithmetic": {"scale": scale["task_arithmetic"]},
             "ties": {"trim_scope": "model", "scale": scale["ties"]},

@@ -28,6 +28,11 @@ LEVEL = 0.9
 LEAST = 0.01
 """Least half-width of an interval."""
 
+MEANS = (
+    "u_cka_own", "u_agreement_own", "u_kl_own", "u_held_mix", "u_mutual", "u_cka_said", "u_conf",
+)  # fmt: skip
+"""Features of an expert whose mean over the merge's experts is one too: `with_means`."""
+
 _FORESTS = ("retention", "spread")
 _TOP = 1.5
 
@@ -72,7 +77,7 @@ class Predictor:
 
     def __call__(self, experts: Sequence[Mapping[str, float]]) -> Predicted:
         """Return what is expected of a merge from the features of each expert in it."""
-        rows = rows_of(self.features, experts)
+        rows = rows_of(self.features, with_means(experts))
         values = self.retention(rows).clip(0, _TOP)
         widths = self.widths(rows, values)
         low, high = self.facts["quantiles"]["expert"]
@@ -124,6 +129,13 @@ class Predictor:
             budget=facts.pop("budget"), features=tuple(facts.pop("features")), **forests,
             least=arrays["least"], most=arrays["most"], facts=facts,
         )  # fmt: skip
+
+
+def with_means(experts: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the features of a merge's experts with means over the experts beside them."""
+    held = {name: [e[name] for e in experts if name in e] for name in MEANS}
+    means = {f"mean_{name}": sum(some) / len(some) for name, some in held.items() if some}
+    return [{**one, **means} for one in experts]
 
 
 def size_class(experts: int) -> str:

@@ -60,7 +60,7 @@ def write_check_page(check: Check, path: Path) -> Path:
 def render_page(results: Results) -> str:
     """Return the page as one HTML text; what the results do not hold is left out."""
     values = {"results": results, "check": results.check, **_told(results), **_drawn(results)}
-    values |= _expected(results.check)
+    values |= {**_expected(results.check), "measured": results.retention}
     return render("page.html.jinja", {**values, **_found(results)})
 
 

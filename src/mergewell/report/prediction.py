@@ -24,7 +24,7 @@ _WORDS: Mapping[str, str] = {
 }  # fmt: skip
 _REST = {
     "w_": "how their task vectors lie to one another", "u_": "what they answer",
-    "l_": "how often they are right",
+    "l_": "how often they are right", "me": "what they answer",
 }  # fmt: skip
 """What features are about, as a reader would say it."""
 
