@@ -170,6 +170,26 @@ def test_a_transplant_fills_what_no_model_has(three: list[str], tmp_path: Path) 
     assert any("'z'" in w and "mean of all" in w for w in plan.warnings)
 
 
+def test_a_transplant_may_put_pieces_together(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    base, other = (str(model(tmp_path / n, "uab", [0, 2, 4])) for n in ("base", "other"))
+    pieces = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"u": 0, "a": 1, "##b": 2}, unk_token="u")
+    )
+    pieces.save(str(Path(other) / "tokenizer.json"))
+    pieces.save(str(Path(base) / "tokenizer.json"))
+    (tmp_path / "donor").mkdir()
+    (tmp_path / "donor" / "tokenizer.json").write_text(words(["u", "ab", "zz"]))
+    choice = {"source": str(tmp_path / "donor"), "missing": "pieces"}
+    plan = make_plan(recipe_of([base, other], tokenizer=choice))
+    assert dict(merge_tensors(plan))[TABLE][:, 0].tolist() == [0, 3, 0]
+    assert any("'ab'" in w and "means of their pieces" in w for w in plan.warnings)
+    (Path(other) / "tokenizer.json").rename(Path(other) / "vocab.json")
+    (Path(other) / "vocab.json").write_text('{"u": 0, "a": 1, "##b": 2}')
+    with pytest.raises(PlanError, match="which `missing: pieces` needs"):
+        make_plan(recipe_of([base, other], tokenizer=choice))
+
+
 def test_single_tokens_have_sources(three: list[str]) -> None:
     def rows(**tokens: Any) -> list[float]:
         return merged(recipe_of(three, tokenizer={"source": "union", "tokens": tokens}))[3:]

@@ -52,8 +52,9 @@ class TokenizerChoice(BaseModel):
     tokens: dict[str, TokenSource] = Field(default_factory=dict[str, TokenSource])
     """Sources of single tokens' embeddings."""
 
-    missing: Literal["zero", "mean"] = "zero"
-    """What tokens get that no model has: zeros, or the mean of all of the model's rows."""
+    missing: Literal["zero", "mean", "pieces"] = "zero"
+    """What tokens get that no model has: zeros, the mean of all of the model's rows, or the mean of
+    the rows of the pieces into which the model's own tokenizer cuts the token's text."""
 
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
     """Round the number of rows up to a multiple of this; rows of no token are the mean of all."""

@@ -16,6 +16,7 @@ from mergewell.storage.folder import find_side_files, is_there
 from mergewell.storage.strict_json import read_object
 from mergewell.tokenizers.choice import BASE, SAME, UNION, TokenizerChoice
 from mergewell.tokenizers.differences import other_uses, refuse_other_rows, require_same
+from mergewell.tokenizers.pieces import Pieces
 from mergewell.tokenizers.rows import Member, Rows, find_rows
 from mergewell.tokenizers.union import join
 from mergewell.tokenizers.view import VocabularyView, tables_of
@@ -75,7 +76,8 @@ def with_one_vocabulary(choice: TokenizerChoice | None, models: Sequence[Checkpo
         rows = max(rows, members[like].rows)
     if (multiple := choice.pad_to_multiple_of) is not None:
         rows = -(-rows // multiple) * multiple
-    filled, more = find_rows(members, numbers, rows, choice=choice, like=like)
+    pieces = Pieces(_of(numbers, files), known) if choice.missing == "pieces" else None
+    filled, more = find_rows(members, numbers, rows, choice=choice, like=like, pieces=pieces)
     if choice.chat_template is not None:
         files, uses = _with_template(files, choice.chat_template, known), []
     tokens = {number: token for token, number in reference.numbers.items()}
@@ -136,6 +138,11 @@ def _target(
             f"tokenizer: {folder} is no folder with a tokenizer; name one, or same, base or union."
         )
     return donor.numbers, dict.fromkeys(donor.files), None, []
+
+
+def _of(numbers: Mapping[str, int], files: Mapping[Path, bytes | None]) -> Vocabulary:
+    paths = tuple(files)
+    return Vocabulary(paths[0].parent, paths, numbers)
 
 
 def _view(

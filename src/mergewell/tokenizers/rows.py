@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mergewell.errors import PlanError, did_you_mean
 from mergewell.tokenizers.choice import TokenizerChoice, TokenSource
+from mergewell.tokenizers.pieces import Pieces
 
 MEAN: tuple[tuple[int, int], ...] = ((-1, -1),)
 """Stands for the mean of all rows of a model's own table."""
@@ -59,11 +60,12 @@ def find_rows(
     *,
     choice: TokenizerChoice,
     like: int | None,
+    pieces: Pieces | None = None,
 ) -> tuple[list[Rows], list[str]]:
     """Return what fills the tables of `rows` rows of each model, and warnings.
 
     `numbers` is the joint vocabulary, `members` the reference and then the experts; rows of no
-    token are those of member `like`, where that has as many.
+    token are those of member `like`, where that has as many. `pieces` cuts tokens that none has.
 
     Raises:
         PlanError: a token of the recipe is not in the vocabulary, or not in the model it names.
@@ -91,6 +93,11 @@ def find_rows(
             if not origin:
                 strangers.append(token)
                 origin = MEAN if choice.missing == "mean" else ()
+                if pieces is not None:
+                    for index, member in enumerate(members):
+                        cut = [row for row in pieces.of(token, index) if row < member.rows]
+                        others[index][number] = tuple((index, row) for row in cut)
+                    continue
         forced = source is not None and source.force
         for index, row in enumerate(found):
             if row >= 0 and not forced:
@@ -98,10 +105,10 @@ def find_rows(
             else:
                 others[index][number] = origin
     _fill_nameless(members, numbers, own, others, like)
-    filled = "the mean of all" if choice.missing == "mean" else "zeros"
+    filled = {"mean": "the mean of all", "zero": "zeros", "pieces": "the means of their pieces"}
     warnings = [
         f"{len(strangers)} tokens of the result are in no model that is merged (such as "
-        f"{strangers[0]!r}); their embeddings are {filled}."
+        f"{strangers[0]!r}); their embeddings are {filled[choice.missing]}."
     ] if strangers else []  # fmt: skip
     return [Rows(o, rest) for o, rest in zip(own, others, strict=True)], warnings
 
