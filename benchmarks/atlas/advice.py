@@ -59,14 +59,6 @@ PREDICTED = {
 }  # fmt: skip
 """By knob the sign of its effect on retention that the bound gives (papers.md 4.2 and 4.4)."""
 
-UNITS = {
-    "learning_rate": "doubled", "steps": "doubled", "batch_size": "doubled", "samples": "doubled",
-    "weight_decay": "0.01, not less", "label_noise": "60 % of labels random", "experts": "doubled",
-    "spread_of_rates": "one doubling more between experts (standard deviation)",
-    "spread_of_steps": "one doubling more between experts (standard deviation)",
-    "distance": "||task vector|| doubled", "late": "end of the run, not its quarter or half",
-}  # fmt: skip
-
 KNOBS = ("learning_rate", "steps", "batch_size", "samples", "weight_decay", "label_noise")
 BESIDE = ("sgd", "stopped")
 """Adjusted for and not asked about: the optimiser, and a rate that had not fallen to 0 yet."""

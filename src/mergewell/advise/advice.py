@@ -194,6 +194,11 @@ def _of_knobs(knobs: Sequence[Knob]) -> list[str]:
         f"Best knob: {first.direction} the {WORDS[first.name]}: 1 % changes what merging adds by "
         f"{abs(first.elasticity):.1f} % (bound). {_measured(first)}"
     ]
+    if first.name in ("learning_rate", "steps") and first.direction == "lower":
+        lines.append(
+            "Less rate or fewer steps also leave the experts less trained, which term 1 and not "
+            "retention shows: what counts in the end is the merged accuracy."
+        )
     agreed = [knob for knob in rest if knob.verdict == "agrees"]
     lines += [
         f"Also: {knob.direction} the {WORDS[knob.name]} (bound). {_measured(knob)}"
