@@ -54,6 +54,9 @@ FROZEN = {
         "--base", "--expert", "--data", "--method", "--budget", "--reference", "--outputs",
         "--samples", "--seed", "--model-factory", "--out", "--json",
     },
+    "partners": {
+        "--base", "--expert", "--data", "--samples", "--seed", "--model-factory", "--json",
+    },
     "extract": {
         "--base", "--rank", "--energy", "--whole", "--leave-out", "--dtype", "--out", "--json",
     },

@@ -16,6 +16,7 @@ from mergewell.cli.explain import explain, repair
 from mergewell.cli.extract import extract
 from mergewell.cli.init import init
 from mergewell.cli.learn import learn
+from mergewell.cli.partners import partners
 from mergewell.cli.restore import restore
 from mergewell.cli.schema import schema
 from mergewell.cli.tune import tune
@@ -300,6 +301,7 @@ app.command()(repair)
 app.command()(restore)
 app.command()(learn)
 app.command()(tune)
+app.command()(partners)
 app.command()(extract)
 app.command()(align)
 app.command()(advise)

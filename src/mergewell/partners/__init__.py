@@ -1,0 +1,1 @@
+"""Choosing partners: which experts to merge, and how many."""
