@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergewell.cli.main import main
 from mergewell.doctor.examinations.base import EXAMINATIONS
-from mergewell.doctor.patient import Patient
+from mergewell.doctor.patient import Patient, shares_of
 from mergewell.doctor.probe import Answers, Probe
 from mergewell.doctor.visit import Visit, doctor
 from mergewell.flags import recipe_from_flags
@@ -84,7 +84,7 @@ HEALTHY = {
     "llama": ("average", ()),
     "qwen2 tied": ("task_arithmetic", ()),
     "gemma3": ("ties", ("density=0.5",)),
-    "phi3 fused": ("dare", ()),
+    "phi3 fused": ("dare", ("density=0.05",)),  # 4.5 times as long a task vector, by design
     "gpt2 conv1d": ("slerp", ()),
     "t5": ("model_stock", ()),
     "bert classes": ("sce", ()),
@@ -234,6 +234,26 @@ def test_overscaled_merges_are_named_before_and_after(tmp_path: Path) -> None:
     assert "would lie 4.2 times as far" in sentences(doctor(wanted), "overscaled")
     after = doctor(merged=merged(wanted, tmp_path / "out"))
     assert "lies 4.2 times as far" in sentences(after, "overscaled")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "shares"),
+    [
+        ("average", (), (0.25, 0.75)),
+        ("average", ("normalize=false",), (1.0, 3.0)),
+        ("task_arithmetic", (), (0.3, 0.9)),  # its scale is 0.3 unless another is given
+        ("task_arithmetic", ("scale=2", "divide=count"), (1.0, 3.0)),
+        ("task_arithmetic", ("scale=2", "divide=coefficients"), (0.5, 1.5)),
+        ("ties", (), (0.25, 0.75)),
+    ],
+)
+def test_shares_are_those_of_a_plain_merge(
+    method: str, settings: tuple[str, ...], shares: tuple[float, float]
+) -> None:
+    found = recipe_from_flags(
+        base="b", experts=["one:1", "two:3"], method=method, settings=settings
+    )
+    assert shares_of(found) == pytest.approx(shares)
 
 
 def test_averaged_statistics_are_named_until_they_are_measured(tmp_path: Path) -> None:

@@ -89,3 +89,27 @@ class Patient:
         if not sums:
             return torch.zeros(0, 0, dtype=torch.float64)
         return torch.stack([each.products for each in sums.values()]).sum(0)
+
+
+ADDING = ("task_arithmetic", "dare")
+"""Methods that add task vectors up."""
+
+
+def shares_of(recipe: Recipe) -> tuple[float, ...]:
+    """Return what a plain merge in the manner of a recipe's method takes of each task vector.
+
+    Exact where task vectors are added up or averaged; other methods count as a scaled mean.
+    """
+    method = recipe.method.build()
+    given = [expert.coefficient for expert in recipe.experts]
+    total, scale = sum(given), float(getattr(method, "scale", 1.0))
+    divide = getattr(method, "divide", "none")
+    if recipe.method.name in ADDING:
+        if divide == "count":
+            return tuple(scale * c / len(given) for c in given)
+        if divide == "coefficients" and abs(total) > 1e-8:
+            return tuple(scale * c / total for c in given)
+        return tuple(scale * c for c in given)
+    if not getattr(method, "normalize", True) or abs(total) < 1e-8:
+        return tuple(scale * c for c in given)
+    return tuple(scale * c / total for c in given)

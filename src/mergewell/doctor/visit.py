@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mergewell.doctor.examinations.base import EXAMINATIONS, Severity, Trouble
-from mergewell.doctor.patient import Model, Patient
+from mergewell.doctor.patient import Model, Patient, shares_of
 from mergewell.doctor.probe import INPUTS, Probe, probe
 from mergewell.doctor.weights import TensorSums, measured_weights
 from mergewell.errors import UserError
@@ -204,14 +204,9 @@ def _dtype(patient: Patient, name: str) -> torch.dtype:
 
 
 def _shares(patient: Patient) -> tuple[float, ...]:
-    """Return the experts' shares of a plain merge: their coefficients, of an average normalised."""
-    recipe = patient.recipe
-    if recipe is None:
-        return (1.0 / len(patient.experts),) * len(patient.experts) if patient.experts else ()
-    given = [expert.coefficient for expert in recipe.experts]
-    total = sum(given)
-    adds = recipe.method.name in ("task_arithmetic", "dare")
-    return tuple(c if adds or abs(total) < 1e-8 else c / total for c in given)
+    if patient.recipe is not None:
+        return shares_of(patient.recipe)
+    return (1.0 / len(patient.experts),) * len(patient.experts) if patient.experts else ()
 
 
 def _probed(

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from math import sqrt
 
 from mergewell.doctor.examinations.base import Examination, Trouble
-from mergewell.doctor.patient import Patient
+from mergewell.doctor.patient import ADDING, Patient, shares_of
+from mergewell.recipe import Recipe
 
 PLAIN, ANY = 2.0, 3.0
 """How many times the longest task vector a merge may be away from its base: where task vectors are
 added, and under methods that look at what they add."""
-
-_ADDING = ("task_arithmetic", "dare")
 
 
 class Overscaled(Examination):
@@ -32,15 +31,14 @@ class Overscaled(Examination):
         if patient.merged is not None:
             ratio, where = sqrt(float(products[-1, -1]) / longest), patient.merged.name
             says = "lies"
-        elif recipe is not None and name in _ADDING:
-            given = products.new_tensor([e.coefficient for e in recipe.experts])
-            scale = float((recipe.method.model_extra or {}).get("scale", 1.0))
+        elif recipe is not None and name in ADDING:
+            shares = products.new_tensor(shares_of(recipe))
             inner = products[1 : count + 1, 1 : count + 1]
-            ratio, where = abs(scale) * sqrt(float(given @ inner @ given) / longest), name
+            ratio, where = sqrt(float(shares @ inner @ shares) / longest), name
             says = "would lie"
         else:
             return
-        limit = PLAIN if name in _ADDING else ANY
+        limit = (PLAIN if name in ADDING else ANY) * (_noise(recipe) if recipe is not None else 1)
         if ratio > limit:
             yield Trouble(
                 "garbage" if ratio > 2 * limit else "damage",
@@ -52,3 +50,16 @@ class Overscaled(Examination):
     def objection(self, patient: Patient) -> str:
         """Return what is missing."""
         return "" if patient.base is not None and patient.experts else "there is no base to be near"
+
+
+def _noise(recipe: Recipe) -> float:
+    """Return by how much dropping at random and rescaling, as DARE does, lengthens a task vector.
+
+    A fraction d that is kept and scaled by 1 / d has the length of the whole times d ** -1/2.
+    """
+    method = recipe.method.build()
+    density: object = getattr(method, "density", 1.0)
+    if getattr(method, "rescale", None) not in ("density", "probability"):
+        return 1.0
+    kept = min(density) if isinstance(density, tuple) else density  # pyright: ignore
+    return float(kept) ** -0.5 if isinstance(kept, float) else 1.0
