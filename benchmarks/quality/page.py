@@ -16,7 +16,7 @@ from book import Book, Row, rounded
 from picture import draw
 from spaces import BUDGET, LEFT_OUT
 from summary import Line, Method, failures, methods, references, sign
-from verdict import told, verdicts
+from verdict import Verdict, finished, of_first_seed, told, verdicts
 
 from mergewell.learners.base import LEARNERS
 from mergewell.methods.base import METHODS
@@ -48,6 +48,9 @@ def main() -> None:
         found = methods(book)
         answers = verdicts(book, found)
         short += [f"**{TITLES[name]}**", "", *map(told, answers), ""]
+        if others := answers_of_first_seed(book, found):
+            short += [f"Of the first seed alone, where {len(found)} methods ran:", ""]
+            short += [*map(told, others), ""]
         parts += section(name, book, found)
         data.append(as_data(name, book, found))
         compared = {n: mean_of(rows) for n, rows in references(book).items() if n in COMPARED}
@@ -61,6 +64,14 @@ def main() -> None:
     (given.out / "quality.md").write_text(text, encoding="utf-8")
     content = {"version": 1, "benchmarks": rounded(data)}
     (given.out / "quality.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def answers_of_first_seed(book: Book, found: list[Method]) -> list[Verdict]:
+    """Return the answers of the first seed, none where every method has every seed."""
+    if len(finished(found)) == len(found):
+        return []
+    alone = of_first_seed(book)
+    return verdicts(alone, methods(alone))
 
 
 COMPARED = ("base", "ensemble", "experts")
@@ -192,6 +203,9 @@ def as_data(name: str, book: Book, found: list[Method]) -> dict[str, Any]:
             for m in found
         ],
         "answers": [answer.as_data() for answer in verdicts(book, found)],
+        "answers_of_first_seed": [
+            answer.as_data() for answer in answers_of_first_seed(book, found)
+        ],
         "failed": failures(book),
     }  # fmt: skip
 

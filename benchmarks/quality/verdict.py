@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,13 @@ def finished(found: Sequence[Method]) -> list[Method]:
     """Return the methods with all seeds that any method has: only these compare like with like."""
     most = max((len(method.lines["labels"].seeds) for method in found), default=0)
     return [method for method in found if len(method.lines["labels"].seeds) == most]
+
+
+def of_first_seed(book: Book) -> Book:
+    """Return the rows of the smallest seed alone, which has the most methods."""
+    first, alone = min(row["seed"] for row in book.rows.values()), copy(book)
+    alone.rows = {key: row for key, row in book.rows.items() if row["seed"] == first}
+    return alone
 
 
 def verdicts(book: Book, found: Sequence[Method]) -> list[Verdict]:
