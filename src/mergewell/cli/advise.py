@@ -27,7 +27,10 @@ def advise(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Inputs, labelled or not; once, or once an expert."),
+        typer.Option(
+            metavar="PATH",
+            help="Inputs, labelled or not, of models that give logits; once, or once an expert.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Inputs of each path of data.")] = 64,
     model_factory: Factory = None,
