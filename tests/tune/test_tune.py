@@ -77,6 +77,40 @@ def test_the_known_best_scale_is_found(recipe: Recipe, reference: Reference, bes
     assert "without labels among 4 candidates on 16 inputs" in found.recipe.notes[-1]
 
 
+def test_a_mix_lies_between_its_halves(recipe: Recipe) -> None:
+    plan = make_plan(recipe)
+    for outputs in ("logits", "features"):
+        made = {
+            reference: make_objective(reference, outputs, tasks(), plan, net).references[1][0]
+            for reference in ("expert", "ensemble", "mix")
+        }
+        assert torch.allclose(made["mix"], (made["expert"] + made["ensemble"]) / 2)
+        assert not torch.allclose(made["expert"], made["ensemble"])
+
+
+def test_features_are_compared_by_direction(recipe: Recipe) -> None:
+    objective = make_objective("expert", "features", tasks(), make_plan(recipe), net)
+    scales = [Candidate("task_arithmetic", {}, scale) for scale in (0.5, 2.0)]
+    found = tune(recipe, scales, objective, net)  # a half and twice as long, the same direction
+    assert [each.divergence.value for each in found.tried] == pytest.approx([0, 0], abs=1e-6)
+    turned = tune(recipe, [Candidate("task_arithmetic", {"scale": -1.0})], objective, net)
+    assert turned.tried[0].divergence.value == pytest.approx(2)
+
+
+def test_another_answer_than_the_experts_costs_one(recipe: Recipe) -> None:
+    plan = make_plan(recipe)
+    plain = make_objective("mix", "logits", tasks(), plan, net)
+    answers = make_objective("answers", "logits", tasks(), plan, net)
+    for scale in (0.5, -1.0):
+        one = [Candidate("task_arithmetic", {"scale": scale})]
+        less, more = (tune(recipe, one, aim, net).tried[0].divergence.value
+                      for aim in (plain, answers))  # fmt: skip
+        # the experts of halves add up: the answers stay at half the length, all turn when turned
+        assert more - less == pytest.approx(0.0 if scale > 0 else 1.0, abs=1e-6)
+    with pytest.raises(RecipeError, match="Features give no answers"):
+        make_objective("answers", "features", tasks(), plan, net)
+
+
 def test_labels_are_never_looked_at(recipe: Recipe) -> None:
     assert tuned(recipe, tasks(labels=0)) == tuned(recipe, tasks(labels=2)) == tuned(recipe)
 
@@ -136,12 +170,16 @@ def test_the_command(
         np.savez(tmp_path / f"{place}.npz", x=batch.numpy())
         flags += ["--expert", recipe.experts[place].path, "--data", str(tmp_path / f"{place}.npz")]
     flags += ["--method", "task_arithmetic"]
-    assert main([*flags, "--json"]) == 0
+    assert main([*flags, "--reference", "expert", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recipe"]["method"] == {"name": "task_arithmetic", "scale": 1.0}
     assert (len(found["candidates"]), found["samples"]) == (10, 16)
-    assert main([*flags, "--out", str(tmp_path / "r.yaml")]) == 0
+    named = [*flags, "--reference", "expert", "--out", str(tmp_path / "r.yaml")]
+    assert main(named) == 0
     assert "task_arithmetic scale=1.0" in capsys.readouterr().out.splitlines()[0]
-    assert main([*flags, "--out", str(tmp_path / "r.yaml")]) == 2
+    assert main(named) == 2
+    features = [*flags, "--outputs", "features", "--json"]
+    assert main(features) == 0
+    assert json.loads(capsys.readouterr().out)["reference"] == "mix"
     assert main([*flags, "--reference", "exprt"]) == 2
     assert "expert" in capsys.readouterr().err

@@ -28,8 +28,12 @@ def tune(
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Candidates of each method.")] = 10,
     reference: Annotated[
-        str, typer.Option(help="What to be near to: expert, ensemble or mix.")
-    ] = "expert",
+        str | None,
+        typer.Option(
+            help="What to be near to: expert, ensemble, mix, or answers: mix and the own expert's "
+            "answers (as a rule; mix of features)."
+        ),
+    ] = None,
     outputs: Annotated[
         str, typer.Option(help="What the module gives: logits or features.")
     ] = "logits",
@@ -53,6 +57,7 @@ def tune(
     from mergewell.tune.search import tune as search
     from mergewell.tune.space import candidates
 
+    reference = reference or ("mix" if outputs == "features" else "answers")
     for flag, given, known in (("reference", reference, Reference), ("outputs", outputs, Outputs)):
         if given not in get_args(known):
             raise RecipeError(f"--{flag} {given}: {did_you_mean(given, get_args(known))}")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,9 +100,14 @@ def measure(
     with torch.no_grad():
         aims = said("expert", tasks, plan, factory)
         for group in groups:
-            data = {**recipe.as_data(), "method": {"name": "average"}, "dtype": "float32"}
+            data: dict[str, Any] = {
+                **recipe.as_data(),
+                "method": {"name": "average"},
+                "dtype": "float32",
+            }
             data["experts"] = [data["experts"][place] for place in group]
-            load_state(module, dict(merge_tensors(make_plan(make_recipe(data)))))
+            tensors = dict(merge_tensors(make_plan(make_recipe(data))))
+            load_state(module, tensors)
             shares: list[float] = []
             variances: list[float] = []
             with evaluating([module]):

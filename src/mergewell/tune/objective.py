@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergewell.descent.tasks import LearningTask, said
-from mergewell.errors import ModelError
+from mergewell.errors import ModelError, RecipeError
 from mergewell.models.dataflow import Batch, evaluating, tensors
 from mergewell.plan import Plan
 
-Reference = Literal["expert", "ensemble", "mix"]
-"""Each input's own expert, the uniform mean of all experts' outputs, or half of each."""
+Reference = Literal["expert", "ensemble", "mix", "answers"]
+"""Each input's own expert, the uniform mean of all experts' outputs, half of each, or that half
+and half with 1 added to the loss of every answer that is not the own expert's."""
 
 Outputs = Literal["logits", "features"]
 """Logits are compared by KL in nats, features by one minus the cosine."""
@@ -39,6 +40,8 @@ class Objective:
     """By task and batch: probabilities, or features."""
 
     outputs: Outputs
+    answers: Sequence[Sequence[Tensor]] | None = None
+    """By task and batch: the own expert's answers, each of which counts 1 where it is not given."""
 
     def losses(self, module: nn.Module) -> Losses:
         """Return the divergence reference || module of every input, by task.
@@ -48,11 +51,18 @@ class Objective:
         """
         found: list[NDArray[np.float64]] = []
         with evaluating([module]), torch.no_grad():
-            for task, references in zip(self.tasks, self.references, strict=True):
-                parts = [
-                    _by_input(self._rows(task.logits(module, batch), reference), batch)
-                    for batch, reference in zip(task.batches, references, strict=True)
-                ]
+            for place, (task, references) in enumerate(
+                zip(self.tasks, self.references, strict=True)
+            ):
+                parts: list[Tensor] = []
+                for index, (batch, reference) in enumerate(
+                    zip(task.batches, references, strict=True)
+                ):
+                    output = task.logits(module, batch)
+                    rows = self._rows(output, reference)
+                    if self.answers is not None:
+                        rows = rows + (output.argmax(-1) != self.answers[place][index])
+                    parts.append(_by_input(rows, batch))
                 found.append(torch.cat(parts).double().numpy())
         if not all(np.isfinite(values).all() for values in found):
             raise ModelError(
@@ -80,13 +90,17 @@ def make_objective(
 
     Raises:
         DataError: no task, one without inputs, or of no expert where that is the reference.
+        RecipeError: answers where outputs are features.
         UserError: as `load_state`.
     """
+    if reference == "answers" and outputs == "features":
+        raise RecipeError("Features give no answers; make the reference expert, ensemble or mix.")
     with torch.no_grad():
-        aims = {"expert", "ensemble"} if reference == "mix" else {reference}
+        both = reference in ("mix", "answers")
+        names = ("ensemble", "expert") if both else (reference,)
         made = [
-            said("expert" if aim == "expert" else "ensemble", tasks, plan, factory)
-            for aim in sorted(aims)
+            said("expert" if name == "expert" else "ensemble", tasks, plan, factory)
+            for name in names
         ]
         shaped = [
             [[z if outputs == "features" else z.softmax(-1) for z in task] for task in one]
@@ -96,7 +110,8 @@ def make_objective(
             [torch.stack(parts).mean(0) for parts in zip(*batches, strict=True)]
             for batches in zip(*shaped, strict=True)
         ]
-    return Objective(tasks, mixed, outputs)
+        answers = [[z.argmax(-1) for z in task] for task in made[-1]]
+    return Objective(tasks, mixed, outputs, answers if reference == "answers" else None)
 
 
 def _by_input(rows: Tensor, batch: Batch) -> Tensor:
