@@ -123,6 +123,8 @@ def test_what_cannot_be_judged_is_refused() -> None:
         function_measure("no_such_module:score")
     with pytest.raises(RecipeError, match="returned str; return a number"):
         of_function(lambda module: "good", name="word").scores(Line())
+    with pytest.raises(RecipeError, match="raised ZeroDivisionError"):
+        of_function(lambda module: 1 / 0, name="zero").scores(Line())
     with pytest.raises(ModelError, match="not a finite number"):
         of_function(lambda module: float("nan"), name="nan").scores(Line())
     with pytest.raises(DataError, match="has no labels"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mergewell.errors import RecipeError
+from mergewell.errors import RecipeError, UserError
 from mergewell.evaluation.base import Measure, Rows
 
 
@@ -45,8 +45,15 @@ def of_function(
 
     def rows(module: nn.Module) -> Rows:
         module.eval()
-        with torch.no_grad():
-            value = function(module)
+        try:
+            with torch.no_grad():
+                value = function(module)
+        except UserError:
+            raise
+        except Exception as error:  # the function is the user's, whatever it raises
+            raise RecipeError(
+                f"--metric {name} raised {type(error).__name__} ({error}); mend the function."
+            ) from error
         held = value.detach().cpu() if isinstance(value, torch.Tensor) else value
         try:
             return np.asarray(held, dtype=np.float64).reshape(-1)
