@@ -191,13 +191,17 @@ def _section(ways: Sequence[dict[str, Any]], seeds: int) -> dict[str, Any]:
         "retention", "beside plain at equal own accuracy",
     ]  # fmt: skip
     table: list[list[str]] = []
+    clear: dict[str, list[str]] = {"above": [], "below": []}
     for one in ways:
         cells = [one["way"], f"{100 * one['own']:.1f}", f"{one['distance']:.3f}"]
         for method in ("average", "task arithmetic"):
             gain = one.get(f"{method} gain")
-            beside = (
-                f"{gain['mean']:+.1f} [{gain['low']:.1f}, {gain['high']:.1f}]" if gain else ""
-            ).replace("-", "−")
+            ends = f" [{_signed(gain['low'])}, {_signed(gain['high'])}]" if gain else ""
+            beside = f"{_signed(gain['mean'])}{ends}" if gain else ""
+            if gain and (gain["low"] > 0 or gain["high"] < 0):
+                clear["above" if gain["low"] > 0 else "below"].append(
+                    f"{one['way']} by {method} ({_signed(gain['mean'])} points)"
+                )
             kept = 100 * one[f"{method} retention"]
             cells += [f"{100 * one[method]:.1f}", f"{kept:.1f}", beside]
         table.append(cells)
@@ -211,8 +215,21 @@ def _section(ways: Sequence[dict[str, Any]], seeds: int) -> dict[str, Any]:
         "The control is plain fine-tuning at three learning rates; the others train at the",
         "highest. Beside plain: points of merged accuracy above plain's curve at the way's own",
         "accuracy, mean [least, largest of the seeds]; outside of the curve its end is taken.",
+        "",
+        *(
+            f"Merges {side} plain's at equal own accuracy with every seed: "
+            f"{'; '.join(found) if found else 'none'}."
+            for side, found in clear.items()
+        ),
+        "Little speaks for any of them here beyond what a lower rate does; one network, one base,",
+        "short runs and one strength or two each: no verdict on the methods.",
     ]
     return {"columns": columns, "table": table, "text": text}
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def main() -> None:
