@@ -27,8 +27,12 @@ Decomposition = Literal["gram", "full"]
 """By the Gram matrix in float64, or LAPACK's SVD in the matrix' own dtype."""
 
 _CHUNK = 1 << 21  # elements that are widened to float64 at a time
-_OVERSAMPLING = 16
-_POWER_STEPS = 2
+
+OVERSAMPLING = 16
+"""Directions of a sketch beyond those that are asked for."""
+
+POWER_STEPS = 2
+"""How often a sketch is multiplied by the matrix and its transpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def sketched_svd(matrix: Tensor, rank: int, *, seed: int) -> Factors:
 
     Source: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4 (two power steps, 16 more directions).
     """
-    width = rank + _OVERSAMPLING
+    width = rank + OVERSAMPLING
     if width >= min(matrix.shape):
         return svd(matrix, rank=rank)
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +113,7 @@ def sketched_svd(matrix: Tensor, rank: int, *, seed: int) -> Factors:
         matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu"
     )  # fmt: skip
     basis = _orthonormal(matrix @ drawn.to(matrix))
-    for _ in range(_POWER_STEPS):
+    for _ in range(POWER_STEPS):
         basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
     small = svd(basis.T @ matrix, rank=rank)
     return Factors(basis @ small.left, small.values, small.right, frobenius(matrix))

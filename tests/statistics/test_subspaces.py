@@ -100,7 +100,8 @@ def test_alignment_and_interference_as_brute_force(shape: tuple[int, int]) -> No
         for j, other in enumerate(matrices):
             expected = brute_alignment(matrix, other)
             assert float(found.pairs[i, j]) == pytest.approx(expected, rel=1e-5)
-    assert found.interference.value == pytest.approx(brute_interference(matrices), rel=1e-8)
+    # float32 vectors, whose rounding adds up to some 1e-7
+    assert found.interference.value == pytest.approx(brute_interference(matrices), rel=1e-6)
     assert found.shape == shape and found.missed <= RESIDUAL
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
+
+from mergewell import linalg
 
 EXACT = 1024
 """Shorter side up to which a matrix is decomposed exactly."""
@@ -24,11 +25,6 @@ RANK = 256
 
 RESIDUAL = 0.05
 """Share of a matrix' norm that its subspace may miss (arXiv:2502.04959, section 3)."""
-
-_OVERSAMPLING = 16
-_POWER_STEPS = 2
-_NUMERICALLY_ZERO = 1e-7
-"""Singular values below this share of the largest are noise of the Gram matrix in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +60,11 @@ class Factors:
 def decompose(matrix: Tensor, *, seed: int, exact: int = EXACT, rank: int = RANK) -> Factors:
     """Return the singular triplets of a matrix [O, I]: all, or the `rank` leading ones.
 
-    Source of the randomised form: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
+    See `linalg.svd` and, of the randomised form, `linalg.sketched_svd`.
     """
-    norm = _norm(matrix)
-    if min(matrix.shape) <= exact:
-        return _exact(matrix.to(torch.float64), norm)
-    generator = torch.Generator().manual_seed(seed)
-    width = min(rank + _OVERSAMPLING, *matrix.shape)
-    sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
-    basis = _orthonormal(matrix @ sketch)
-    for _ in range(_POWER_STEPS):
-        basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
-    small = _exact((basis.T @ matrix).to(torch.float64), norm)
-    left = basis @ small.left[:, :rank].to(matrix.dtype)
-    return Factors(left, small.values[:rank], small.right[:, :rank].to(matrix.dtype), norm)
+    whole = min(matrix.shape) <= exact
+    found = linalg.svd(matrix) if whole else linalg.sketched_svd(matrix, rank, seed=seed)
+    return Factors(found.left, found.values.to(torch.float64), found.right, found.norm)
 
 
 def alignment(matrix: Tensor, subspace: Tensor, *, norm: float) -> float:
@@ -87,7 +74,7 @@ def alignment(matrix: Tensor, subspace: Tensor, *, norm: float) -> float:
     """
     if norm == 0:
         return float("nan")
-    return min(1.0, _norm(subspace.T @ matrix) / norm)
+    return min(1.0, linalg.frobenius(subspace.T @ matrix) / norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +140,18 @@ def measure_subspaces(
     task_matrices: Sequence[Tensor], coefficients: Sequence[float], *, seed: int = 0
 ) -> MatrixSubspaces:
     """Return alignment and interference of K task matrices [O, I] of one tensor."""
-    summed = torch.zeros_like(task_matrices[0])
-    for coefficient, matrix in zip(coefficients, task_matrices, strict=True):
+    # float32 tells changes of weights; what it cannot, small eigenvalues, is float64 in `linalg`
+    matrices = [matrix.to(torch.float32) for matrix in task_matrices]
+    summed = torch.zeros_like(matrices[0])
+    for coefficient, matrix in zip(coefficients, matrices, strict=True):
         summed = summed + coefficient * matrix
-    factors = [decompose(m, seed=seed) for m in task_matrices]
+    factors = [decompose(m, seed=seed) for m in matrices]
     merged = decompose(summed, seed=seed)
-    bases = [f.left[:, : f.rank()].float() for f in factors]
+    bases = [f.left[:, : f.rank()] for f in factors]
     rank = merged.rank()
-    # a norm needs no more than float32, at half the time
-    narrow = [_as_short(f, m) for f, m in zip(factors, task_matrices, strict=True)]
+    narrow = [_as_short(f, m) for f, m in zip(factors, matrices, strict=True)]
     norms = [f.norm for f in factors]
-    span = merged.left[:, :rank].float()
+    span = merged.left[:, :rank]
     inside = [alignment(m, span, norm=n) for m, n in zip(narrow, norms, strict=True)]
     pairs = [
         [
@@ -195,33 +183,13 @@ def cost(shape: Sequence[int], experts: int) -> float:
     if short <= EXACT:
         each = 2 * short**2 * long * 2 + 10 * short**3
     else:
-        each = 2 * short * long * (RANK + _OVERSAMPLING) * (2 + 2 * _POWER_STEPS)
+        width = RANK + linalg.OVERSAMPLING
+        each = 2 * short * long * width * (2 + 2 * linalg.POWER_STEPS)
     width = short if short <= EXACT else RANK
     return (experts + 1) * each + (experts + 1) * experts * 2 * width * short * long
 
 
-def _exact(matrix: Tensor, norm: float) -> Factors:
-    """Decompose by the smaller Gram matrix; directions of no length are left out."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    squares, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(gram))
-    values = squares.flip(0).clamp(min=0).sqrt()
-    held = values > _NUMERICALLY_ZERO * values[0]
-    values, known = values[held], vectors.flip(1)[:, held]
-    other = (matrix @ known if tall else matrix.T @ known) / values
-    left, right = (other, known) if tall else (known, other)
-    return Factors(left, values, right, norm)
-
-
 def _as_short(factors: Factors, matrix: Tensor) -> Tensor:
-    """Return U S in float32, as short as it can be, where all of a matrix is in it; else that."""
+    """Return U S, as short as it can be, where all of a matrix is in it; else that."""
     is_whole = min(matrix.shape) <= EXACT and matrix.shape[0] < matrix.shape[1]
-    return ((factors.left * factors.values) if is_whole else matrix).float()
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    return cast("Tensor", torch.linalg.qr(matrix).Q)
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(matrix.square().sum(dtype=torch.float64)) ** 0.5
+    return factors.left * factors.values.to(matrix.dtype) if is_whole else matrix
