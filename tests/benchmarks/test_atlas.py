@@ -172,7 +172,7 @@ def test_captured_features_are_those_of_a_calibration(
     found = calibrate(plan, Data(family.factory, batches, 16 * len(batches)))
     assert found.outputs is not None
     for place, expert in enumerate(of.experts):
-        own = [it.eye.inputs(expert.name, task, dict).outputs for task in tasks]
+        own = [part for t in tasks for part in it.eye.inputs(expert.name, t, dict).outputs]
         assert torch.allclose(torch.cat(own), found.outputs[1 + place], atol=1e-6)
     losses = [layer.relative for layer in found.m_loss]
     assert rows[0]["predictors"]["u_m_loss_worst"] == pytest.approx(max(losses), rel=1e-3)

@@ -31,7 +31,7 @@ FROZEN = {
     "merge": {
         "--out", "--base", "--expert", "--method", "--set", "--seed", "--dtype", "--calibration",
         "--resume", "--workers", "--shard", "--engine", "--device", "--hash", "--companion",
-        "--print-recipe", "--json",
+        "--card", "--print-recipe", "--json",
     },
     "calibrate": {
         "--out", "--base", "--expert", "--method", "--set", "--data", "--samples", "--mode",

@@ -1,4 +1,4 @@
-"""`merge --companion` and `restore`: masks in the merged folder give the experts back."""
+"""What `merge` puts beside a merge: companions that give the experts back, and a model card."""
 
 from __future__ import annotations
 
@@ -102,3 +102,12 @@ def test_a_companion_that_fails_leaves_no_output(tmp_path: Path) -> None:
     assert not Staging(tmp_path / "out").root.exists()
     with pytest.raises(CheckpointError, match="holds no companions"):
         restore_expert(tmp_path / "out", "expert0", tmp_path / "back")
+
+
+def test_a_card_stands_in_the_folder_and_the_folder_stays_true(
+    given: list[str], tmp_path: Path
+) -> None:
+    assert main([*given, "--method", "ties", "--card"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ties" in card and "2306.01708" in card
+    verify_files(tmp_path / "out")

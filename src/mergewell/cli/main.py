@@ -183,6 +183,10 @@ def merge(
             "that inputs are routed to (smile, mass).",
         ),
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Write a model card, README.md: recipe, licences, citations."),
+    ] = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")
     ] = False,
@@ -195,7 +199,7 @@ def merge(
         recipe, out, base=base, experts=expert or [], method=method, settings=set_ or [],
         seed=seed, dtype=dtype, calibration=calibration, resume=resume, workers=workers,
         shard=shard, engine=engine, device=device, hash_kind=hash_, companion=companion,
-        print_recipe=print_recipe, as_json=json,
+        card=card, print_recipe=print_recipe, as_json=json,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def merge(
     device: str,
     hash_kind: str,
     companion: str | None,
+    card: bool,
     print_recipe: bool,
     as_json: bool,
 ) -> None:
@@ -133,6 +134,10 @@ def merge(
                 planned, out, workers=_workers(workers), resume=resume, algorithm=algorithm,
                 device=where, beside=beside, on_progress=progress,
             )  # fmt: skip
+    if card:
+        from mergewell.card import write_card
+
+        write_card(out)
     for warning in _not_the_same(before, manifest) if before is not None else ():
         print(f"warning: {warning}", file=sys.stderr)
     repaired = repair_of(manifest)
