@@ -284,7 +284,7 @@ def write_study(of: Evidence, size: dict[str, Any], budgets: dict[str, Any]) -> 
 
 
 def _regret(tuning: dict[str, Any]) -> dict[str, float]:
-    """Return the mean regret of tune's default by inputs, in points, of docs/studies/tuning.json."""
+    """Return the mean regret of tune's default in points, by the number of inputs."""
     found = tuning["held_out"]["objectives"]["answers"]
     return {inputs: one["regret"]["mean"] for inputs, one in found.items()}
 
