@@ -31,6 +31,7 @@ def partners(
     """Say which experts to merge, and how many (kinship alone without --data)."""
     from itertools import combinations
 
+    from mergewell.check import short_names
     from mergewell.flags import recipe_from_flags
     from mergewell.partners.greedy import SATURATED
     from mergewell.partners.measure import correlation, covariance
@@ -39,10 +40,10 @@ def partners(
     recipe = recipe_from_flags(base=base, experts=expert or [], method="average", settings=[])
     planned = make_plan(recipe)
     kinship = correlation(covariance(planned))
-    names = [each.path for each in recipe.experts]
+    names = list(short_names(each.path for each in recipe.experts))
     found: dict[str, Any] = {
-        "version": 1, "experts": names, "kinship": kinship.tolist(),
-        "groups": [], "measured": [], "scaling": None,
+        "version": 1, "experts": [each.path for each in recipe.experts],
+        "kinship": kinship.tolist(), "groups": [], "measured": [], "scaling": None,
     }  # fmt: skip
     lines = [
         f"kinship {kinship[i, j]:6.2f}  {names[i]} + {names[j]}"
@@ -66,6 +67,7 @@ def _measured(
     """Return what inputs tell, as data and as lines."""
     from dataclasses import asdict
 
+    from mergewell.check import short_names
     from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
@@ -73,7 +75,7 @@ def _measured(
     from mergewell.partners.law import POINTS, scaling
     from mergewell.partners.measure import groups_to_measure, measure, pairs_of, points_of
 
-    names = [each.path for each in planned.recipe.experts]
+    names = list(short_names(each.path for each in planned.recipe.experts))
     material, _ = _material(planned, source, paths, samples * len(paths))
     with steps() as shown, one_thread_a_worker():
         kept = measure(

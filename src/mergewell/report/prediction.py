@@ -190,7 +190,7 @@ def scatter(of: Prediction) -> str:
     )  # fmt: skip
     mine = svg.add(root, "circle", {"class": "mine", "cx": middle, "cy": down(best.value), "r": 6})
     svg.tip(mine, f"this merge: {span(best)}")
-    said = "predicted retention (across), measured (up); the large dot is this merge"
+    said = "predicted (across), measured (up)"
     svg.add(root, "text", {"class": "tick", "x": svg.share(left), "y": height - 3}, said)
     return svg.written(root)
 
