@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from mergewell.kernels import ops
 from mergewell.kernels.base import Fused, RawBlock
@@ -15,9 +14,7 @@ def merge(method: Metagpt, block: RawBlock) -> Fused | None:
     base, (statistic,) = block.base, method.statistics()
     if base is None or statistic not in block.statistics:
         return None
-    energy = block.statistics[statistic]["products"].diagonal()
-    whole = energy.sum()
-    shares = (energy / torch.where(whole == 0, 1.0, whole)).numpy()  # as the torch form does it
-    weights = block.coefficients * shares.astype(block.computed)
+    shares = method.shares(block.statistics[statistic]["products"])
+    weights = block.coefficients * shares.numpy().astype(block.computed)
     one, out = block.computed.type(1), np.empty_like(base)
     return Fused.of(out, ops.task_arithmetic(base, block.addresses, weights, one, one, out))

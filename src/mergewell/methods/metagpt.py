@@ -34,10 +34,14 @@ class Metagpt(MergeMethod):
         """Return the inner products, whose diagonal holds the squared norms."""
         return (InnerProducts(of="task_vectors", scope=self.scope),)
 
+    def shares(self, products: Tensor) -> Tensor:
+        """Return the experts' shares [K] of the squared norms, of `products` [K, K]."""
+        energy = products.diagonal()
+        whole = energy.sum()
+        return energy / torch.where(whole == 0, 1.0, whole)
+
     def merge(self, group: TensorGroup) -> Tensor:
         """Return the base plus the task vectors weighed by their squared norms."""
-        energy = group.statistic(self.statistics()[0])["products"].diagonal()
-        whole = energy.sum()
-        shares = energy / torch.where(whole == 0, 1.0, whole)
+        shares = self.shares(group.statistic(self.statistics()[0])["products"])
         weights = group.coefficients * shares.to(group.coefficients.dtype)
         return group.required_base + ops.weighted_sum(weights, group.task_vectors)

@@ -18,9 +18,10 @@ from mergewell.mixture.gates import make_gates
 from mergewell.opening import open_model
 from mergewell.storage.base import Checkpoint
 from mergewell.storage.layer_stack import find_layers
+from mergewell.storage.layout import filled_layouts
 from mergewell.storage.manifest import InputFile, Manifest, hash_file, versions
 from mergewell.storage.spec import TensorSpec
-from mergewell.storage.writer import CheckpointWriter, ShardLayout, require_free_name
+from mergewell.storage.writer import CheckpointWriter, require_free_name
 
 _PIECE = 1 << 24
 """Elements that are copied at a time."""
@@ -102,7 +103,8 @@ def write_mixture(mixture: Mixture, out: str | Path) -> Manifest:
     assert base.config is not None  # `_form` looked at it
     config = form.config(base.config, mixture)
     key = f"mixture-{mixture.model_dump_json()}-{'-'.join(file.hash for file in inputs)}"
-    with CheckpointWriter(Path(out), _layouts(specs), metadata={"format": "pt"}, key=key) as writer:
+    files_out = filled_layouts(specs, _SHARD_BYTES)
+    with CheckpointWriter(Path(out), files_out, metadata={"format": "pt"}, key=key) as writer:
         for new, (model, old) in sources.items():
             for start, part in _pieces(model, old):
                 writer.write(new, start, part.to(dtype) if part.is_floating_point() else part)
@@ -168,21 +170,6 @@ def _sources(
                 )
             own = form.names[projection]
             yield f"{before}.{form.block}.experts.{number}.{own}.weight", (expert, name)
-
-
-def _layouts(specs: Sequence[TensorSpec]) -> list[ShardLayout]:
-    groups: list[list[TensorSpec]] = [[]]
-    held = 0
-    for spec in specs:
-        if groups[-1] and held + spec.nbytes > _SHARD_BYTES:
-            groups.append([])
-            held = 0
-        groups[-1].append(spec)
-        held += spec.nbytes
-    if len(groups) == 1:
-        return [ShardLayout("model.safetensors", tuple(groups[0]))]
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    return [ShardLayout(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
 def _pieces(model: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:

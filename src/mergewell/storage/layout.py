@@ -18,17 +18,12 @@ def shard_layouts(
     """
     groups = [[specs[name] for name in shard.names if name in specs] for shard in shards]
     if limit is not None:
-        groups = _filled([spec for group in groups for spec in group], limit)
-    groups = [group for group in groups if group]
-    if len(groups) == 1:
-        return (ShardLayout("model.safetensors", tuple(groups[0])),)
-    return tuple(
-        ShardLayout(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, 1)
-    )
+        return filled_layouts([spec for group in groups for spec in group], limit)
+    return _named([group for group in groups if group])
 
 
-def _filled(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+def filled_layouts(specs: Sequence[TensorSpec], limit: int) -> tuple[ShardLayout, ...]:
+    """Return files filled in order up to `limit` bytes each; a larger tensor stands alone."""
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -37,4 +32,13 @@ def _filled(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
             size = 0
         groups[-1].append(spec)
         size += spec.nbytes
-    return groups
+    return _named([group for group in groups if group])
+
+
+def _named(groups: Sequence[Sequence[TensorSpec]]) -> tuple[ShardLayout, ...]:
+    if len(groups) == 1:
+        return (ShardLayout("model.safetensors", tuple(groups[0])),)
+    return tuple(
+        ShardLayout(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    )
