@@ -70,7 +70,8 @@ bench-quality: $(INSTALLED)  ## every method on real experts, tuned on equal bud
 FAMILY ?= small_cnn efficientnet minilm
 atlas: $(INSTALLED)  ## measured merges of real experts, and their predictors (hours, resumable)
 	for family in $(FAMILY); do $(RUN) OMP_NUM_THREADS=1 \
-	    $(BIN)/python benchmarks/atlas/run.py $$family --data $(DATA) --sets 170 || exit 1; done
+	    $(BIN)/python benchmarks/atlas/run.py $$family --data $(DATA) --sets 170 && $(RUN) \
+	    $(BIN)/python benchmarks/atlas/alone.py $$family --data $(DATA) || exit 1; done
 	$(BIN)/python benchmarks/atlas/table.py
 
 atlas-fit: $(INSTALLED)  ## the predictor that check ships, and its study, from the committed tables

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from table import known
 
+from mergewell.prediction.alone import ALONE
 from mergewell.prediction.answers import UNLABELLED
 from mergewell.prediction.forest import rows_of
 from mergewell.prediction.lie import OF_EXPERTS, OF_MERGES
@@ -23,10 +24,11 @@ from mergewell.prediction.resemblance import ALIKE
 WEIGHTS = (*OF_EXPERTS, *OF_MERGES)
 LABELLED = ("l_right", "l_loss", "l_retention", "l_loss_rise")
 MEANT = tuple(f"mean_{name}" for name in MEANS)
+INPUTS = (*UNLABELLED, *ALIKE, *ALONE, *MEANT)
 FEATURES = {
     "weights": WEIGHTS,
-    "unlabelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *MEANT),
-    "labelled": (*WEIGHTS, *UNLABELLED, *ALIKE, *MEANT, *LABELLED),
+    "unlabelled": (*WEIGHTS, *INPUTS),
+    "labelled": (*WEIGHTS, *INPUTS, *LABELLED),
 }
 TOP = 1.5
 """Retention is cut here: an expert that is worse than the merge can be so by any factor."""
@@ -44,11 +46,13 @@ class Evidence:
         found: list[dict[str, Any]] = []
         for family in families:
             merges = {_key(row): row for row in known("merges", family)}
+            pairs = {(row["base"], row["expert"]): row for row in known("alone", family)}
             for row in known("tasks", family):
                 merge = merges[_key(row)]
                 if row.get("u_cka_said") is None:
                     continue
-                found.append({**merge, **row, "of": (family, *_key(row)), "family": family})
+                pair = pairs.get((row["base"], row["expert"]), {})
+                found.append({**merge, **pair, **row, "of": (family, *_key(row)), "family": family})
         merged = groupby(found, key=lambda row: row["of"])
         return cls([row for _, rows in merged for row in with_means(list(rows))])
 

@@ -1,4 +1,4 @@
-"""Rows into tables: results/{experts,merges,tasks}.FAMILY.csv.gz, and what correlates with what.
+"""Rows into tables, results/{experts,merges,tasks,alone}.FAMILY.csv.gz, and what correlates.
 
     python benchmarks/atlas/table.py [--cache DIR] [--correlate]
 
@@ -23,6 +23,7 @@ from book import Book, Row, rounded
 
 RESULTS = Path(__file__).parent / "results"
 EXPERT = ("family", "expert")
+PAIR = ("family", "base", "expert")
 MERGE = ("family", "base", "set", "merge")
 TASK = (*MERGE, "place")
 PLAIN = ("reason", "method", "parameters", "coefficients", "seed", "experts", "tasks", "error")
@@ -120,10 +121,12 @@ def _cell(value: Any) -> str:
 
 
 def tabulate(cache: Path, family: str) -> None:
-    """Write the three tables of a family from its rows and from the tables there are."""
+    """Write the four tables of a family from its rows and from the tables there are."""
     folder = cache / family
     experts = Book(folder / "experts.jsonl", EXPERT, known("experts", family))
     write("experts", family, list(experts.rows.values()))
+    pairs = Book(folder / "alone.jsonl", PAIR, known("alone", family)).rows.values()
+    write("alone", family, sorted(pairs, key=lambda row: (row["base"], row["expert"])))
     again = Book(folder / "again.jsonl", MERGE).rows
     fresh = [
         _joined(row, again.get(key, {}))

@@ -70,7 +70,7 @@ def test_inputs_of_each_task_make_it_a_choice_of_methods(folder: Path) -> None:
         planned(folder), NAMES, tasks, net, on_step=lambda _, done, of: steps.append(done)
     )
     assert found.budget == "unlabelled"
-    assert steps == list(range(1, 10))
+    assert steps == list(range(1, 13))
     means = [each.predicted.mean.value for each in found.merges]
     assert means == sorted(means, reverse=True)
     assert {m.method["name"] for m in found.merges} >= {"average", "ties", "tsv"}

@@ -17,6 +17,7 @@ from mergewell.descent.tasks import LearningTask
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan, make_plan
+from mergewell.prediction.alone import alone, beyond
 from mergewell.prediction.answers import answers
 from mergewell.prediction.lie import lie, products
 from mergewell.prediction.look import Seen, look
@@ -148,27 +149,35 @@ def predict_by_inputs(
     module = factory()
     base = {name: plan.base[name] for name in plan.base}
     states = [{name: one[name] for name in one} for one in plan.experts]
-    count = len(states) + 1 + len(methods)
+    count = 2 * len(states) + 1 + len(methods)
+    done = 0
 
-    def seen(state: State, number: int) -> list[Seen]:
+    def seen(state: State, asked: Sequence[LearningTask]) -> list[Seen]:
+        nonlocal done
         load_state(module, state)
-        found = [look(module, task.batches) for task in tasks]
+        found = [look(module, task.batches) for task in asked]
+        done += 1
         if on_step is not None:
-            on_step("prediction", number, count)
+            on_step("prediction", done, count)
         return found
 
-    own = [seen(state, number) for number, state in enumerate((base, *states), 1)]
+    own = [seen(state, tasks) for state in (base, *states)]
+    apart = [
+        _apart(task, own[0][place], own[place + 1][place], *seen(beyond(base, state), [task]))
+        for place, (task, state) in enumerate(zip(tasks, states, strict=True))
+    ]
     merges: list[Expected] = []
     total = torch.zeros(())
-    for number, method in enumerate(methods, len(own) + 1):
+    for method in methods:
         recipe = make_recipe({**plan.recipe.as_data(), "method": dict(method), "dtype": "float32"})
         merged = {**base, **dict(merge_tensors(make_plan(recipe)))}
         total = products(base, states, merged)
         numbers, each = lie(total)
-        ours = seen(merged, number)
+        ours = seen(merged, tasks)
         rows = [
             numbers
             | {name: values[place] for name, values in each.items()}
+            | apart[place]
             | _answered(task, [*(one[place] for one in own), ours[place]], place)
             for place, task in enumerate(tasks)
         ]
@@ -189,14 +198,25 @@ def own_tasks(data: Data, inputs: int = INPUTS) -> list[LearningTask]:
 
 
 def _answered(task: LearningTask, models: Sequence[Seen], place: int) -> dict[str, float]:
-    logits = [
-        torch.cat([task.read(output, b) for output, b in zip(s.outputs, task.batches, strict=True)])
-        for s in models
-    ]
-    base, *experts, merged = logits
+    base, *experts, merged = [_logits(task, one) for one in models]
     return answers(base, experts, merged, expert=place) | resemblance(
         [one.last for one in models], [one.middle for one in models], experts, expert=place
     )
+
+
+def _apart(task: LearningTask, base: Seen, own: Seen, further: Seen) -> dict[str, float]:
+    return alone(
+        base.last,
+        own.last,
+        further.last,
+        said=_logits(task, own),
+        said_further=_logits(task, further),
+    )
+
+
+def _logits(task: LearningTask, seen: Seen) -> Tensor:
+    parts = zip(seen.outputs, task.batches, strict=True)
+    return torch.cat([task.read(output, batch) for output, batch in parts])
 
 
 def _prediction(
