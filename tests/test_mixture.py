@@ -87,18 +87,25 @@ def test_prompts_make_gates(tmp_path: Path) -> None:
     with open_checkpoint(base) as checkpoint:
         table = checkpoint["model.embed_tokens.weight"]
 
-        def gates(mode: str, negative: str = "") -> torch.Tensor:
+        def text(mode: str, negative: str = "") -> str:
             more = f", negative_prompts: [{negative}]" if negative else ""
-            text = (
+            return (
                 f"{{base_model: base, gate_mode: {mode}, experts: ["
                 f"{{source_model: base, positive_prompts: [w4 w5, w6]{more}}},"
                 "{source_model: base, positive_prompts: [w9 w8]}]}"
             )
-            return make_gates(mixture(tmp_path, text), checkpoint, 2, 16)
+
+        def gates(mode: str, negative: str = "") -> torch.Tensor:
+            return make_gates(mixture(tmp_path, text(mode, negative)), checkpoint, 2, 16)
 
         cheap = gates("cheap_embed")
         unit = torch.nn.functional.normalize
         assert cheap.shape == (2, 2, 16)
+        shared = "positive_prompts: [w9 w8]}], shared_experts: [{source_model: base, prompts: [w7]"
+        more = mixture(tmp_path, text("cheap_embed").replace("positive_prompts: [w9 w8]", shared))
+        all_three = make_gates(more, checkpoint, 2, 16)
+        assert torch.equal(all_three[:, :2], cheap)
+        torch.testing.assert_close(all_three[0, 2], unit(table[7], dim=0))
         torch.testing.assert_close(cheap[1, 0], unit(table[[4, 5, 6]].sum(0), dim=0))
         less = unit(table[[4, 5, 6]].sum(0), dim=0) - unit(table[7], dim=0)
         torch.testing.assert_close(gates("cheap_embed", "w7")[0, 0], unit(less, dim=0))
@@ -126,12 +133,14 @@ def test_prompts_make_gates(tmp_path: Path) -> None:
         ("gate_mode: hidden, experts: [{source_model: a}]", "'base'"),
         ("base: a, gate_mode: hiden, experts: [{source_model: a}]", "gate = 'hiden'"),
         (f"{ONE}, gate_mode: hidden, experts: [{{path: a}}]", "expert 1 has none"),
-        ("base: a, gate_mode: random, experts: [{path: a}]", "experts_per_token is 2, of 1"),
-        ("base: a, gate_mode: random, shared_experts: [{}]", "shared_experts: experts for all"),
         (
-            f"{ONE}, gate_mode: random, experts: [{{path: a, noise_scale: 1}}]",
-            "noise_scale|no para",
+            f"{ONE}, gate_mode: hidden, experts: [{{path: a, prompts: [x]}}], "
+            "shared_experts: [{path: a}]",
+            "shared expert 1 has none",
         ),
+        ("base: a, gate_mode: random, architecture: qwen, experts: [{path: a}]", "architecture:"),
+        ("base: a, gate_mode: random, experts: [{path: a}]", "experts_per_token is 2, of 1"),
+        (f"{ONE}, gate_mode: random, experts: [{{path: a, noise_scale: -1}}]", "noise = -1"),
         (
             "base: a, gate_mode: cheap_embed, experts: [{path: a, prompts: [x]}, "
             "{path: b, prompts: [x]}]",
@@ -160,6 +169,16 @@ def test_models_that_make_no_mixture(tmp_path: Path) -> None:
     refused(
         f"{{base_model: base, {one} [{{source_model: qwen3/base}}]}}", "'qwen3', but .* of 'llama'"
     )
+    shared = "[{source_model: base}], shared_experts: [{source_model: base}]"
+    refused(
+        f"{{base_model: base, {one} {shared}}}",
+        "shared_experts: MixtralForCausalLM.*remove the key",
+    )
+    family("qwen2 tied", tmp_path / "qwen2", experts=0)
+    refused(
+        f"{{base_model: qwen2/base, {one} [{{source_model: qwen2/base}}]}}",
+        "shared_experts: Qwen2MoeForCausalLM.*name one",
+    )
     refused(
         "{base: base, gate_mode: hidden, experts_per_token: 1, "
         "experts: [{path: base, prompts: [a]}]}",
@@ -167,5 +186,50 @@ def test_models_that_make_no_mixture(tmp_path: Path) -> None:
         ModelError,
     )
     (tmp_path / "moe.yaml").write_text(f"{{base_model: base, {one} [{{source_model: base}}]}}")
-    with pytest.raises(RecipeError, match=r"mergewell\.mixture"):
+    with pytest.raises(RecipeError, match=r"only `mergewell plan` and `mergewell merge` take it"):
         read_recipe(tmp_path / "moe.yaml")
+
+
+def test_a_shared_expert_is_for_all_tokens(tmp_path: Path) -> None:
+    base, (one,) = family("qwen2 tied", tmp_path, experts=1)
+    text = (
+        "{base_model: base, gate_mode: random, experts: [{source_model: base}, "
+        "{source_model: base}], shared_experts: [{source_model: expert0, residual_scale: 0}]}"
+    )
+    made = mixture(tmp_path, text)
+    write_mixture(made, tmp_path / "silent")
+    silent = loaded("qwen2 mixture", tmp_path / "silent")
+    due = logits("qwen2 tied", loaded("qwen2 tied", base))
+    torch.testing.assert_close(logits("qwen2 mixture", silent), due, rtol=0, atol=2e-6)
+    loud = made.shared_experts[0].model_copy(update={"scale": 0.5})
+    made = made.model_copy(update={"shared_experts": (loud,)})
+    write_mixture(made, tmp_path / "loud")
+    found = load_file(tmp_path / "loud" / "model.safetensors")
+    state = load_file(one / "model.safetensors")
+    for name, scale in [("up_proj", 1), ("down_proj", 0.5)]:
+        own = state[f"model.layers.1.mlp.{name}.weight"]
+        stored = found[f"model.layers.1.mlp.shared_expert.{name}.weight"]
+        torch.testing.assert_close(stored, scale * own)
+    with open_checkpoint(base) as checkpoint:
+        gates = make_gates(made, checkpoint, 2, 16)
+    assert torch.equal(found["model.layers.1.mlp.gate.weight"], gates[1, :2])
+    assert torch.equal(found["model.layers.1.mlp.shared_expert_gate.weight"], gates[1, 2:])
+
+
+def test_noise_is_of_its_size_and_seed(tmp_path: Path) -> None:
+    base, _ = family("llama", tmp_path, experts=0)
+    text = (
+        "{base_model: base, gate_mode: random, experts_per_token: 1, seed: 3, "
+        "experts: [{source_model: base, noise_scale: 0.25}]}"
+    )
+    made = mixture(tmp_path, text)
+    manifest = write_mixture(made, tmp_path / "out")
+    assert manifest.tensors_changed == 2 + 6  # gates, and three matrices a layer
+    name = "model.layers.0.block_sparse_moe.experts.0"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    state = load_file(base / "model.safetensors")
+    noise = [found[f"{name}.{new}.weight"] - state[f"model.layers.0.mlp.{old}.weight"]
+             for old, new in [("gate_proj", "w1"), ("up_proj", "w3")]]  # fmt: skip
+    assert 0.2 < float(noise[0].std()) < 0.3
+    assert abs(float(torch.corrcoef(torch.stack([n.flatten() for n in noise]))[0, 1])) < 0.2
+    assert write_mixture(made, tmp_path / "again").outputs[0].hash == manifest.outputs[0].hash

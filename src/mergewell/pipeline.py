@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mergewell.errors import PlanError
+from mergewell.errors import CheckpointError, PlanError
 from mergewell.opening import open_model
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import Recipe, Rule
-from mergewell.run import run
+from mergewell.run import OnProgress, run
 from mergewell.storage.durable import sync_folder, writing
 from mergewell.storage.folder import PIPELINE, is_there
-from mergewell.storage.manifest import Manifest, hash_file
+from mergewell.storage.manifest import MANIFEST, Algorithm, Manifest, hash_file
 from mergewell.storage.strict_json import read_object
 from mergewell.storage.writer import require_free_name
 
@@ -76,18 +76,25 @@ def plan_pipeline(recipe: Recipe) -> dict[str, Plan]:
 
 
 def merge_pipeline(
-    recipe: Recipe, out: str | Path, *, workers: int | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    plans: Mapping[str, Plan] | None = None,
+    workers: int | None = None,
+    algorithm: Algorithm = "xxh3-128",
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Manifest]:
     """Merge pipelines into the folder `out`; return the manifest of each component merged.
 
     The folder appears complete or not at all; each merged component has a manifest of its own.
+    `plans` are those of `plan_pipeline` where they are known.
 
     Raises:
         UserError: as `plan_pipeline` and `run`.
     """
     folder = Path(out).resolve()
     require_free_name(folder)
-    plans = plan_pipeline(recipe)
+    plans = plan_pipeline(recipe) if plans is None else plans
     reference = Path(recipe.models[0])
     growing = folder.with_name(f".{folder.name}.pipeline")
     manifests: dict[str, Manifest] = {}
@@ -97,7 +104,10 @@ def merge_pipeline(
         try:
             for name in components_of(reference):
                 if name in plans:
-                    manifests[name] = run(plans[name], growing / name, workers=workers)
+                    manifests[name] = run(
+                        plans[name], growing / name, workers=workers, algorithm=algorithm,
+                        on_progress=on_progress,
+                    )  # fmt: skip
                 else:
                     shutil.copytree(reference / name, growing / name)
             shutil.copyfile(reference / PIPELINE, growing / PIPELINE)
@@ -140,6 +150,11 @@ def _rules(recipe: Recipe, component: str) -> list[tuple[Rule, Rule]]:
     return found
 
 
+def component_recipe(recipe: Recipe, component: str) -> Recipe:
+    """Return the recipe of one component, with the rules that match it."""
+    return _component(recipe, component, tuple(own for _, own in _rules(recipe, component)))
+
+
 def _component(recipe: Recipe, component: str, rules: tuple[Rule, ...]) -> Recipe:
     def inside(path: str) -> str:
         return str(Path(path) / component)
@@ -157,3 +172,23 @@ def _component(recipe: Recipe, component: str, rules: tuple[Rule, ...]) -> Recip
 def is_pipeline(path: str | Path) -> bool:
     """Return whether a path is a pipeline's folder."""
     return is_there(Path(path) / PIPELINE)
+
+
+def is_of_pipelines(recipe: Recipe) -> bool:
+    """Return whether a recipe's models, or some of them, are pipelines."""
+    return any(is_pipeline(model) for model in recipe.models)
+
+
+def merged_components(folder: str | Path) -> tuple[str, ...]:
+    """Return the components of a pipeline's folder that have a manifest: those merged.
+
+    Raises:
+        CheckpointError: there is none, or no readable `model_index.json`.
+    """
+    names = tuple(n for n in components_of(folder) if is_there(Path(folder) / n / MANIFEST))
+    if not names:
+        raise CheckpointError(
+            f"{folder}: no component has a {MANIFEST}, so none was merged by mergewell; name a "
+            "merged folder."
+        )
+    return names

@@ -285,18 +285,19 @@ def _read_recipe(file: Path, reading: tuple[Path, ...]) -> Recipe:
     manifest = manifest_at(file)
     if manifest is not None:
         return recipe_of_manifest(manifest, where=str(file))
-    contents = _contents(text, file)
+    contents = yaml_documents(text, file)
     # imported here because a conversion makes a recipe and looks into checkpoints
     from mergewell.mergekit import is_mergekit, recipe_from_documents
+    from mergewell.mixture.choice import is_mixture
 
     if all(is_mergekit(content) for content in contents):
         return recipe_from_documents(contents, where=str(file), base_dir=file.parent)
     if len(contents) > 1:
         raise RecipeError(f"{file} has {len(contents)} documents; write stages under `stages`.")
-    if "gate_mode" in contents[0]:
+    if is_mixture(contents[0]):
         raise RecipeError(
-            f"{file} describes a mixture of experts, which is no merge; write it with "
-            "mergewell.mixture.write.write_mixture."
+            f"{file} describes a mixture of experts, which is assembled and not merged; only "
+            "`mergewell plan` and `mergewell merge` take it."
         )
     recipe = make_recipe(contents[0], where=str(file))
     stages = {
@@ -307,8 +308,12 @@ def _read_recipe(file: Path, reading: tuple[Path, ...]) -> Recipe:
     return beside(recipe.model_copy(update={"stages": recipe.stages | stages}), file.parent)
 
 
-def _contents(text: str, file: Path) -> list[dict[str, Any]]:
-    """Return the mapping in each document of a file of YAML; JSON is YAML too."""
+def yaml_documents(text: str, file: Path) -> list[dict[str, Any]]:
+    """Return the mapping in each document of a file of YAML; JSON is YAML too.
+
+    Raises:
+        RecipeError: it is not YAML, or a document is no mapping; says `file`.
+    """
     if _depth(text) > _DEEPEST:
         raise RecipeError(f"{file}: the brackets are nested too deeply; a recipe needs a few.")
     try:

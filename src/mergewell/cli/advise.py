@@ -125,10 +125,11 @@ def _of_checkpoints(
             )
     paths = [each.path for each in recipe.experts]
     names = short_names(paths)
-    folders = [Path(each) if Path(each).is_dir() else None for each in paths]
+    planned = make_plan(recipe)
+    folders = [expert.path if expert.path.is_dir() else None for expert in planned.experts]
     known = known_of(names, folders, settings)
     if not data:
-        return examine(make_plan(recipe), names, known, on_step=shown.update)
+        return examine(planned, names, known, on_step=shown.update)
     from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
 
     planned, source = opened(base, experts, model_factory)

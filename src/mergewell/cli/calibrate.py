@@ -58,8 +58,8 @@ def calibrate(
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     used = read_data(
-        recipe, data, mode=mode, samples=samples, model_factory=model_factory, gram=gram,
-        fisher=fisher,
+        recipe, data, folder=planned.reference.path, mode=mode, samples=samples,
+        model_factory=model_factory, gram=gram, fisher=fisher,
     )  # fmt: skip
     with steps() as shown:
         if forward:

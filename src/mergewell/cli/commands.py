@@ -6,8 +6,9 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
@@ -18,6 +19,9 @@ from mergewell.component import Fractions
 from mergewell.errors import DataError, OutputError
 from mergewell.methods.base import METHODS
 from mergewell.plan import make_plan
+
+if TYPE_CHECKING:
+    from mergewell.verify import Verified
 
 
 def check(
@@ -55,7 +59,10 @@ def check(
         print(f"warning: {warning}", file=sys.stderr)
     used = None
     if data:
-        used = read_data(recipe, data, mode=mode, samples=samples, model_factory=model_factory)
+        used = read_data(
+            recipe, data, folder=planned.reference.path, mode=mode, samples=samples,
+            model_factory=model_factory,
+        )  # fmt: skip
     with steps() as shown:
         found = checking.check(
             planned,
@@ -110,22 +117,16 @@ def report(folder: Path, other: Path | None, *, out: Path | None) -> None:
 
 def verify(folder: Path, *, deep: bool, as_json: bool) -> None:
     """Verify a merged folder."""
-    from mergewell.storage.manifest import read_manifest, verify_files
-    from mergewell.verify import Verified, verify_deep
+    from mergewell.pipeline import is_pipeline
+    from mergewell.storage.manifest import read_manifest
 
+    if is_pipeline(folder):
+        from mergewell.cli.pipeline import verify_components
+
+        verify_components(folder, partial(_verified, deep=deep), as_json=as_json)
+        return
     outputs = read_manifest(folder).outputs
-    with steps(in_bytes=True, patient=True) as shown:
-        if deep:
-            found = verify_deep(folder, on_step=shown.update)
-        else:
-            total, done = sum(output.bytes for output in outputs), 0
-
-            def progress(count: int) -> None:
-                nonlocal done
-                done += count
-                shown.update("files", done, total)
-
-            found = Verified(tuple(verify_files(folder, on_bytes=progress)))
+    found = _verified(folder, deep=deep)
     if as_json:
         print_json(
             {
@@ -145,6 +146,24 @@ def verify(folder: Path, *, deep: bool, as_json: bool) -> None:
         print(f"{folder}: {len(outputs)} files are as they were written{deeper}.")
         for note in found.notes:
             print(f"  {note}")
+
+
+def _verified(folder: Path, *, deep: bool) -> Verified:
+    """Return what is wrong with a folder that has a manifest."""
+    from mergewell.storage.manifest import read_manifest, verify_files
+    from mergewell.verify import Verified, verify_deep
+
+    with steps(in_bytes=True, patient=True) as shown:
+        if deep:
+            return verify_deep(folder, on_step=shown.update)
+        total, done = sum(output.bytes for output in read_manifest(folder).outputs), 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            shown.update("files", done, total)
+
+        return Verified(tuple(verify_files(folder, on_bytes=progress)))
 
 
 def methods(name: str | None, *, as_json: bool) -> None:

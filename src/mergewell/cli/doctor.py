@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,9 @@ from mergewell.cli.explain import Base, Experts, Factory, Json, print_json
 if TYPE_CHECKING:
     from mergewell.doctor.visit import Visit
     from mergewell.recipe import Recipe
+
+WHOLE = ""
+"""The name of a model that is no component of a pipeline."""
 
 HEADINGS = {
     "garbage": "Makes the merge garbage",
@@ -44,16 +48,46 @@ def doctor(
     from mergewell.doctor.visit import doctor as visit
 
     merged, recipe = _named(target, base, expert or [], method)
+    found: dict[str, Visit] = {}
     with steps(patient=True) as shown:
-        found = visit(
-            recipe, merged=merged, data=data, model_factory=model_factory, on_step=shown.update
-        )
-    if json:
-        print_json(found.as_data())
-    else:
-        _print(found)
-    if strict and found.troubles:
+        for name, folder, of_it in _models(merged, recipe):
+            found[name] = visit(
+                of_it, merged=folder, data=data, model_factory=model_factory, on_step=shown.update
+            )
+    if json and list(found) == [WHOLE]:
+        print_json(found[WHOLE].as_data())
+    elif json:
+        components = {name: each.as_data() for name, each in found.items()}
+        print_json({"version": 1, "components": components})
+    for name, each in found.items() if not json else ():
+        if name != WHOLE:
+            print(f"# {name}\n")
+        _print(each)
+    if strict and any(each.troubles for each in found.values()):
         raise typer.Exit(2)
+
+
+def _models(
+    merged: Path | None, recipe: Recipe | None
+) -> Iterator[tuple[str, Path | None, Recipe | None]]:
+    """Yield what is looked at, by name: one model, or each merged component of a pipeline."""
+    from mergewell.pipeline import (
+        component_recipe,
+        is_of_pipelines,
+        is_pipeline,
+        merged_components,
+        plan_pipeline,
+    )
+
+    if recipe is not None and is_of_pipelines(recipe):
+        names = plan_pipeline(recipe) if merged is None else merged_components(merged)
+        for name in names:
+            yield name, None if merged is None else merged / name, component_recipe(recipe, name)
+    elif merged is not None and is_pipeline(merged):
+        for name in merged_components(merged):
+            yield name, merged / name, recipe
+    else:
+        yield WHOLE, merged, recipe
 
 
 def _named(

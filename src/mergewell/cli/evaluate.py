@@ -47,9 +47,11 @@ def evaluate(
     from mergewell.evaluation.compared import compare
     from mergewell.evaluation.given import given_measures
     from mergewell.evaluation.models import Models
+    from mergewell.storage.hub import local_path
 
     paths, under, experts = _named(models or [], base, expert or [])
-    opened = Models(paths, base=under, model_factory=model_factory)
+    home = str(local_path(under)) if under is not None else None
+    opened = Models(paths, base=home, model_factory=model_factory)
     tasks = dict(zip(short_names(data or []), data or [], strict=True))
     measures = given_measures(
         tasks, metric or [], experts=len(experts), folder=opened.folder, samples=samples

@@ -61,7 +61,7 @@ def explain(
                 f"explain averages the experts uniformly, but {each.path} has the coefficient "
                 f"{each.coefficient:g}; drop it."
             )
-    inputs = load_labelled(needed_data(data), model_folder=planned.recipe.base, limit=samples)
+    inputs = load_labelled(needed_data(data), model_folder=planned.reference.path, limit=samples)
     modules = built(planned, source)
     with steps() as shown, one_thread_a_worker():
         found = explain_experts(
@@ -128,20 +128,13 @@ def opened(
     Raises:
         UserError: as `make_plan`; or no architecture is named.
     """
-    from mergewell.errors import ModelError
+    from mergewell.cli.given import source_of
     from mergewell.flags import recipe_from_flags
-    from mergewell.models.loader import ModuleSource
     from mergewell.plan import make_plan
 
     recipe = recipe_from_flags(base=base, experts=experts, method="average", settings=[])
     planned = make_plan(recipe)
-    folder = recipe.base or recipe.experts[0].path
-    if model_factory is None and not Path(folder).is_dir():
-        raise ModelError(
-            f"{folder} is no Hugging Face folder, so --model-factory PKG:FUNC (or timm:NAME) is "
-            "needed, which makes the module that takes these weights."
-        )
-    return planned, ModuleSource.parse(model_factory or folder)
+    return planned, source_of(planned.reference.path, model_factory, asked_by="running it")
 
 
 def built(planned: Plan, source: ModuleSource) -> dict[str, Any]:

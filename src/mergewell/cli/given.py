@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -13,6 +13,7 @@ from mergewell.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from mergewell.calibration.data import Data
+    from mergewell.models.loader import ModuleSource
 
 _BATCH = 16
 """Samples that models are run on at a time."""
@@ -52,10 +53,22 @@ def chosen_recipe(
     return read_recipe(recipe_file)
 
 
+def refuse_flags(flags: Mapping[str, object], reason: str) -> None:
+    """Refuse flags that are set where they have no meaning.
+
+    Raises:
+        RecipeError: a flag's value is neither None nor False.
+    """
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            raise RecipeError(f"{flag}: {reason}, so it has no meaning here; drop it.")
+
+
 def read_data(
     recipe: Recipe,
     data: str | Sequence[str],
     *,
+    folder: Path | None = None,
     mode: str,
     samples: int,
     model_factory: str | None,
@@ -65,7 +78,8 @@ def read_data(
     """Return the inputs at a path, with the architecture that takes them.
 
     Of several paths, one an expert, each holds inputs of that expert's task, and an equal part of
-    the samples comes from each.
+    the samples comes from each. `folder` is that of the plan's reference, where a model of the Hub
+    lies; it is looked for if absent.
 
     Raises:
         RecipeError: an unknown mode or likelihood.
@@ -76,18 +90,14 @@ def read_data(
     from mergewell.inputs import batches, load_inputs
     from mergewell.models.capture import Mode
     from mergewell.models.fisher import Likelihood
-    from mergewell.models.loader import ModuleSource
+    from mergewell.storage.hub import local_path
 
     if fisher is not None and fisher not in get_args(Likelihood):
         raise RecipeError(f"--fisher {fisher}: {did_you_mean(fisher, get_args(Likelihood))}")
     if mode not in get_args(Mode):
         raise RecipeError(f"--mode {mode}: {did_you_mean(mode, get_args(Mode))}")
-    if model_factory is None and not Path(recipe.base or "").is_dir():
-        raise ModelError(
-            f"{recipe.base} is no Hugging Face folder, so --data needs --model-factory "
-            "PKG:FUNC (or timm:NAME), which makes the module that takes these weights."
-        )
-    source = ModuleSource.parse(model_factory or str(recipe.base))
+    home = local_path(recipe.base or recipe.experts[0].path) if folder is None else folder
+    source = source_of(home, model_factory, asked_by="--data")
     paths = [data] if isinstance(data, str) else [*data]
     if len(paths) not in (1, len(recipe.experts)):
         raise DataError(
@@ -98,7 +108,7 @@ def read_data(
     if 0 in limits:
         raise DataError(f"{samples} samples are too few for {len(paths)} experts; ask for more.")
     read = [
-        tuple(batches(load_inputs(path, model_folder=recipe.base, limit=limit), _BATCH))
+        tuple(batches(load_inputs(path, model_folder=home, limit=limit), _BATCH))
         for path, limit in zip(paths, limits, strict=True)
     ]
     cut = tuple(chain.from_iterable(read))
@@ -113,3 +123,19 @@ def read_data(
         fisher=fisher,  # pyright: ignore[reportArgumentType]
         owners=owners,
     )
+
+
+def source_of(folder: Path, model_factory: str | None, *, asked_by: str) -> ModuleSource:
+    """Return where the module comes from that takes the weights of a model in `folder`.
+
+    Raises:
+        ModelError: nothing says; `asked_by` is what wants to know.
+    """
+    from mergewell.models.loader import ModuleSource
+
+    if model_factory is None and not folder.is_dir():
+        raise ModelError(
+            f"{folder} is no Hugging Face folder, so {asked_by} needs --model-factory PKG:FUNC (or "
+            "timm:NAME), which makes the module that takes these weights."
+        )
+    return ModuleSource.parse(model_factory or folder)

@@ -123,7 +123,7 @@ def _material(
     read = [
         load_labelled(
             path,
-            model_folder=planned.recipe.base,
+            model_folder=planned.reference.path,
             limit=len(range(number, samples, len(paths))),
         )
         for number, path in enumerate(paths)

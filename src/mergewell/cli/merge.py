@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mergewell.cli.amounts import byte_count
 from mergewell.cli.explain import print_json
 from mergewell.cli.given import chosen_recipe
 from mergewell.cli.progress import steps
@@ -19,6 +21,8 @@ from mergewell.device import make_device
 from mergewell.errors import OutputError, RecipeError, did_you_mean
 from mergewell.flags import from_settings
 from mergewell.jobs import JobResult, parse_shard, run_shard
+from mergewell.mixture.choice import read_mixture
+from mergewell.pipeline import is_of_pipelines
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import read_recipe
 from mergewell.report.numbers import counted
@@ -32,14 +36,6 @@ ALGORITHMS: dict[str, Algorithm] = {"xxh3-128": "xxh3-128", "sha256": "sha256"}
 
 def _workers(workers: int | None) -> int:
     return workers if workers is not None else os.cpu_count() or 1
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def merge(
@@ -64,7 +60,28 @@ def merge(
     print_recipe: bool,
     as_json: bool,
 ) -> None:
-    """Merge by a recipe file or by flags."""
+    """Merge by a recipe file or by flags; assemble the mixture that a file describes."""
+    of_one_model: dict[str, object] = {
+        "--resume": resume, "--shard": shard, "--device": None if device == "cpu" else device,
+        "--engine": None if engine == "threads" else engine, "--companion": companion,
+        "--card": card,
+    }  # fmt: skip
+    mixture = read_mixture(recipe_file) if recipe_file is not None else None
+    if mixture is not None and print_recipe:
+        print(mixture.to_yaml(), end="")
+        return
+    if mixture is not None:
+        from mergewell.cli.mixture import merge_mixture
+
+        recipes: dict[str, object] = {
+            "--base": base, "--expert": experts or None, "--method": method, "--seed": seed,
+            "--set": settings or None, "--dtype": dtype, "--calibration": calibration,
+        }  # fmt: skip
+        merge_mixture(
+            mixture, _named(out), flags=recipes | of_one_model, algorithm=_algorithm(hash_kind),
+            as_json=as_json,
+        )  # fmt: skip
+        return
     recipe = chosen_recipe(
         recipe_file, base=base, experts=experts, method=method, settings=settings, seed=seed,
         dtype=dtype, calibration=calibration,
@@ -72,12 +89,17 @@ def merge(
     if print_recipe:
         print(recipe.to_yaml(), end="")
         return
-    if out is None:
-        raise OutputError("No output folder is named; add --out DIR.")
+    out, algorithm = _named(out), _algorithm(hash_kind)
     if engine not in ENGINES:
         raise RecipeError(f"--engine {engine}: {did_you_mean(engine, ENGINES)}")
-    if hash_kind not in ALGORITHMS:
-        raise RecipeError(f"--hash {hash_kind}: {did_you_mean(hash_kind, ALGORITHMS)}")
+    if is_of_pipelines(recipe):
+        from mergewell.cli.pipeline import merge_components
+
+        merge_components(
+            recipe, out, flags=of_one_model, workers=_workers(workers), algorithm=algorithm,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     if shard is not None and engine != "threads":
         raise RecipeError(f"--shard {shard} and --engine {engine} exclude each other; drop one.")
     where = make_device(device)
@@ -112,7 +134,6 @@ def merge(
             written += count
             shown.update("merge", written, planned.write_bytes)
 
-        algorithm = ALGORITHMS[hash_kind]
         if job is not None:
             result = run_shard(
                 planned, out, *job, workers=_workers(workers), algorithm=algorithm,
@@ -153,8 +174,20 @@ def merge(
     )
     print(
         f"{out}: {manifest.tensors} tensors, {manifest.tensors_changed} changed, "
-        f"{_bytes(planned.write_bytes)} in {manifest.seconds:.1f} s{mended}."
+        f"{byte_count(planned.write_bytes)} in {manifest.seconds:.1f} s{mended}."
     )
+
+
+def _named(out: Path | None) -> Path:
+    if out is None:
+        raise OutputError("No output folder is named; add --out DIR.")
+    return out
+
+
+def _algorithm(kind: str) -> Algorithm:
+    if kind not in ALGORITHMS:
+        raise RecipeError(f"--hash {kind}: {did_you_mean(kind, ALGORITHMS)}")
+    return ALGORITHMS[kind]
 
 
 def _companions(text: str, planned: Plan) -> dict[str, Callable[[Path], object]]:
@@ -202,12 +235,29 @@ def _print_job(result: JobResult, out: Path, *, as_json: bool) -> None:
 
 
 def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
-    """Show a plan."""
-    planned = make_plan(read_recipe(recipe_file))
+    """Show a plan: of a merge, of each component of a pipeline, or of a mixture."""
     count = _workers(workers)
+    mixture = read_mixture(recipe_file)
+    if mixture is not None:
+        from mergewell.cli.mixture import show_mixture
+
+        show_mixture(mixture, as_json=as_json)
+        return
+    recipe = read_recipe(recipe_file)
+    if is_of_pipelines(recipe):
+        from mergewell.cli.pipeline import show_components
+
+        show_components(recipe, partial(_show, count=count), as_json=as_json, workers=count)
+        return
+    planned = make_plan(recipe)
     if as_json:
         print_json(planned.as_data(count))
         return
+    _show(planned, count)
+
+
+def _show(planned: Plan, count: int) -> None:
+    """Print a plan for so many workers."""
     table = Table(box=None, pad_edge=False)
     for heading in ("tensor", "shape", "dtype", "method", "coefficients"):
         table.add_column(heading)
@@ -223,10 +273,13 @@ def plan(recipe_file: Path, *, as_json: bool, workers: int | None) -> None:
     console.print(table)
     console.print()
     console.print(_groups(planned))
+    read, written, peak = map(
+        byte_count, (planned.read_bytes, planned.write_bytes, planned.peak_bytes(count))
+    )
     print(
-        f"\n{len(planned.tasks)} tensors · reads {_bytes(planned.read_bytes)} in {planned.passes} "
-        f"pass{'es' if planned.passes > 1 else ''} · writes {_bytes(planned.write_bytes)} · memory "
-        f"up to {_bytes(planned.peak_bytes(count))} with {count} workers · about "
+        f"\n{len(planned.tasks)} tensors · reads {read} in {planned.passes} "
+        f"pass{'es' if planned.passes > 1 else ''} · writes {written} · memory up to {peak} with "
+        f"{count} workers · about "
         f"{(planned.read_bytes + planned.write_bytes) / 1e9:.1f} s at 1 GB/s"
     )
     step = planned.recipe.repair

@@ -25,13 +25,13 @@ _EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def make_gates(mixture: Mixture, base: Checkpoint, layers: int, width: int) -> Tensor:
-    """Return the gates [layers, experts, width] in float32.
+    """Return the gates [layers, experts, width] in float32: of routed experts, then of shared.
 
     Raises:
         ModelError: transformers is missing, or has no tokenizer or architecture for the base.
         PlanError: prompts that give an expert no direction.
     """
-    shape = (layers, len(mixture.experts), width)
+    shape = (layers, len(mixture.all_experts), width)
     generator = torch.Generator().manual_seed(mixture.seed)
     if mixture.gate == "random":
         return torch.randn(shape, generator=generator)
@@ -43,7 +43,7 @@ def make_gates(mixture: Mixture, base: Checkpoint, layers: int, width: int) -> T
     else:
         states = _Hidden(base, average=mixture.gate == "hidden_avg")
     rows: list[Tensor] = []
-    for expert in mixture.experts:
+    for expert in mixture.all_experts:
         row = states.of(_tokens(tokenizer, expert.prompts))
         if expert.negative_prompts:
             row = _unit(row) - _unit(states.of(_tokens(tokenizer, expert.negative_prompts)))

@@ -4,112 +4,68 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergewell.errors import PlanError
 from mergewell.mixture.choice import Mixture
 from mergewell.mixture.gates import make_gates
-from mergewell.opening import open_model
-from mergewell.storage.base import Checkpoint
-from mergewell.storage.layer_stack import find_layers
+from mergewell.mixture.plan import PIECE, MixturePlan, Part, plan_mixture
 from mergewell.storage.layout import filled_layouts
-from mergewell.storage.manifest import InputFile, Manifest, hash_file, versions
-from mergewell.storage.spec import TensorSpec
+from mergewell.storage.manifest import Algorithm, InputFile, Manifest, input_file, versions
 from mergewell.storage.writer import CheckpointWriter, require_free_name
 
-_PIECE = 1 << 24
-"""Elements that are copied at a time."""
 _SHARD_BYTES = 5 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How a mixture of models of one architecture is called."""
-
-    architecture: str
-    model_type: str
-    block: str
-    names: Mapping[str, str]
-
-    def config(self, dense: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
-        """Return the mixture's config.json for the base's."""
-        count = len(mixture.experts)
-        return {
-            **{key: value for key, value in dense.items() if key != "sliding_window"},
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "num_local_experts": count,
-            "num_experts": count,
-            "num_experts_per_tok": mixture.experts_per_token,
-            "moe_intermediate_size": dense.get("intermediate_size"),
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "output_router_logits": False,
-            **({"sliding_window": None} if "sliding_window" in dense else {}),
-            **({} if mixture.dtype is None else {"dtype": mixture.dtype}),
-        }
-
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_MIXTRAL = _Form(
-    "MixtralForCausalLM", "mixtral", "block_sparse_moe",
-    {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-)  # fmt: skip
-_QWEN3 = _Form("Qwen3MoeForCausalLM", "qwen3_moe", "mlp", {name: name for name in _PROJECTIONS})
-_FORMS = {"llama": _MIXTRAL, "mistral": _MIXTRAL, "qwen3": _QWEN3}
-
-
-def write_mixture(mixture: Mixture, out: str | Path) -> Manifest:
+def write_mixture(
+    mixture: Mixture | MixturePlan,
+    out: str | Path,
+    *,
+    algorithm: Algorithm = "xxh3-128",
+    on_progress: Callable[[int], None] | None = None,
+) -> Manifest:
     """Write the mixture `out`, a folder that transformers loads, and return its manifest.
+
+    `on_progress` is called with the bytes that were just written.
 
     Source: mergekit 0.1.4, `mergekit-moe`, by its documentation.
     Departures: experts that all are the same are not refused: they give the model itself.
 
     Raises:
-        PlanError: models of other architectures or shapes, biases that a mixture has no place for,
-            or prompts that tell nothing.
+        PlanError: as `plan_mixture`, or prompts that tell nothing.
         CheckpointError, ModelError: models or tokenizers that cannot be read.
         OutputError: `out` exists or cannot be written.
     """
     began = time.perf_counter()
     require_free_name(Path(out).resolve())
-    base = open_model(mixture.base, ())
-    experts = [open_model(expert.path, (), base=base) for expert in mixture.experts]
-    form = _form(base, experts)
-    layers = find_layers([*base], where=str(base.path))
-    sources = dict(_sources(base, experts, form, f"{layers.prefix}."))
-    width = base.spec(f"{layers.prefix}.0.mlp.gate_proj.weight").shape[1]
-    gates = make_gates(mixture, base, layers.count, width)
-    dtype = base.spec(f"{layers.prefix}.0.mlp.gate_proj.weight").dtype
-    dtype = dtype if mixture.dtype is None else getattr(torch, mixture.dtype)
-    names = [f"{layers.prefix}.{i}.{form.block}.gate.weight" for i in range(layers.count)]
-    specs = [
-        TensorSpec(new, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
-        for new, (model, old) in sources.items()
-        for spec in [model.spec(old)]
-    ]
-    specs += [TensorSpec(name, dtype, tuple(gates.shape[1:])) for name in names]
-    files = dict.fromkeys(file for model in (base, *experts) for file in model.files)
-    inputs = [
-        InputFile(path=str(file), hash=hash_file(file), bytes=file.stat().st_size) for file in files
-    ]
-    assert base.config is not None  # `_form` looked at it
-    config = form.config(base.config, mixture)
+    plan = plan_mixture(mixture) if isinstance(mixture, Mixture) else mixture
+    mixture, base = plan.mixture, plan.base
+    gates = make_gates(mixture, base, plan.layers.count, plan.width)
+    routed = len(mixture.experts)
+    stored = [layer[:routed] for layer in gates.unbind()]
+    stored += [layer[routed:] for layer in gates.unbind()] if plan.form.shared else []
+    inputs = _inputs(plan, algorithm)
+    assert base.config is not None  # the plan looked at it
+    config = plan.form.config(base.config, mixture)
     key = f"mixture-{mixture.model_dump_json()}-{'-'.join(file.hash for file in inputs)}"
-    files_out = filled_layouts(specs, _SHARD_BYTES)
-    with CheckpointWriter(Path(out), files_out, metadata={"format": "pt"}, key=key) as writer:
-        for new, (model, old) in sources.items():
-            for start, part in _pieces(model, old):
-                writer.write(new, start, part.to(dtype) if part.is_floating_point() else part)
-        for name, gate in zip(names, gates, strict=True):
-            writer.write(name, 0, gate.reshape(-1).to(dtype))
+    layouts = filled_layouts(plan.specs, _SHARD_BYTES)
+    with CheckpointWriter(
+        Path(out), layouts, metadata={"format": "pt"}, key=key, algorithm=algorithm
+    ) as writer:
+
+        def write(name: str, start: int, part: Tensor) -> None:
+            writer.write(name, start, part)
+            if on_progress is not None:
+                on_progress(part.nbytes)
+
+        for number, part in enumerate(plan.parts):
+            for start, piece in _pieces(part, mixture.seed + 1 + number):
+                write(part.spec.name, start, piece.to(part.spec.dtype))
+        for spec, gate in zip(plan.gates, stored, strict=True):
+            write(spec.name, 0, gate.reshape(-1).to(spec.dtype))
         for file in base.side_files:
             content = base.side_file(file)
             if file.name == "config.json":
@@ -120,8 +76,8 @@ def write_mixture(mixture: Mixture, out: str | Path) -> Manifest:
                 "recipe": {},
                 "mixture": mixture.model_dump(mode="json"),
                 "inputs": inputs,
-                "tensors": len(specs),
-                "tensors_changed": len(names),
+                "tensors": len(plan.specs),
+                "tensors_changed": len(plan.gates) + _changed(plan),
                 "seed": mixture.seed,
                 "versions": versions(),
                 "directory": str(Path.cwd()),
@@ -130,49 +86,22 @@ def write_mixture(mixture: Mixture, out: str | Path) -> Manifest:
         )
 
 
-def _form(base: Checkpoint, experts: Sequence[Checkpoint]) -> _Form:
-    kind = None if base.config is None else base.config.get("model_type")
-    if kind not in _FORMS:
-        raise PlanError(
-            f"{base.path} is of the architecture {kind!r}, of which no mixture is known here; give "
-            f"models of {', '.join(_FORMS)}."
-        )
-    for expert in experts:
-        theirs = None if expert.config is None else expert.config.get("model_type", kind)
-        if theirs not in (None, kind):
-            raise PlanError(
-                f"{expert.path} is of the architecture {theirs!r}, but {base.path} of {kind!r}; a "
-                "mixture needs models of one."
-            )
-    return _FORMS[kind]
+def _inputs(plan: MixturePlan, algorithm: Algorithm) -> list[InputFile]:
+    files = dict.fromkeys(file for model in (plan.base, *plan.experts) for file in model.files)
+    return [input_file(file, algorithm) for file in files]
 
 
-def _sources(
-    base: Checkpoint, experts: Sequence[Checkpoint], form: _Form, prefix: str
-) -> Iterator[tuple[str, tuple[Checkpoint, str]]]:
-    """Yield the names of the mixture's tensors, with the model and the name they come from."""
-    for name in base:
-        before, _, rest = name.partition(".mlp.")
-        if not name.startswith(prefix) or not rest:
-            yield name, (base, name)
-            continue
-        projection, _, kind = rest.partition(".")
-        if kind != "weight" or projection not in form.names:
-            raise PlanError(
-                f"{base.path}: {name} has no place in {form.architecture}; give models whose "
-                f"feed-forward layers are {', '.join(_PROJECTIONS)} without biases."
-            )
-        for number, expert in enumerate(experts):
-            if name not in expert or expert.spec(name).shape != base.spec(name).shape:
-                raise PlanError(
-                    f"{expert.path}: {name} is missing or of another shape than in {base.path}; "
-                    "give models of one size."
-                )
-            own = form.names[projection]
-            yield f"{before}.{form.block}.experts.{number}.{own}.weight", (expert, name)
+def _changed(plan: MixturePlan) -> int:
+    return sum(part.treatment != "copy" for part in plan.parts)
 
 
-def _pieces(model: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    count = model.spec(name).numel
-    for start in range(0, count, _PIECE):
-        yield start, model.read(name, start, min(start + _PIECE, count))
+def _pieces(part: Part, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield pieces of a tensor, one after another, with the noise of its seed and scaled."""
+    count = part.spec.numel
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, count, PIECE):
+        piece = part.model.read(part.name, start, min(start + PIECE, count))
+        if part.treatment != "copy":
+            noise = torch.randn(piece.shape, generator=generator)
+            piece = (piece.float() + part.noise * noise) * part.scale
+        yield start, piece
