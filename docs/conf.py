@@ -13,11 +13,13 @@ from generate import write_reference  # noqa: E402 - found beside this file
 project = "mergewell"
 author = "The mergewell authors"
 html_title = "mergewell"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "notebooks"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "math_ml"]
+exclude_patterns = ["_build", "notebooks", "NOTE_TO*"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -24,7 +24,7 @@ KEPT = "declare -p | grep -v '^declare -[a-zA-Z]*r' > .shell; pwd > .folder"
 
 def setup(namespace: dict[str, Any]) -> None:
     """Open a folder for a page and go there."""
-    namespace["before"] = os.getcwd()
+    namespace["before"] = Path.cwd()
     namespace["held"] = tempfile.TemporaryDirectory(prefix="mergewell-docs-")
     namespace["home"] = Path(namespace["held"].name)
     os.chdir(namespace["home"])
@@ -39,7 +39,7 @@ def teardown(namespace: dict[str, Any]) -> None:
 def console(example: Example) -> str | None:
     """Run each line that begins with `$ ` and compare what follows it."""
     wanted: list[tuple[str, list[str]]] = []
-    for line in example.parsed.splitlines():
+    for line in example.parsed.replace("\\\n", " ").splitlines():
         if line.startswith("$ "):
             wanted.append((line[2:], []))
         else:

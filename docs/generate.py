@@ -1,4 +1,4 @@
-"""The reference, written from the code: a page a method, all commands, learners, diagnostics, schema.
+"""The reference, written from the code: methods, commands, learners, diagnostics, recipe.
 
 `conf.py` calls `write_reference`; nothing that it writes is kept in the repository.
 """

@@ -19,7 +19,7 @@ ASSETS = {
     "script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "audio": "src",
     "embed": "src", "object": "data", "image": "href", "use": "href",
 }  # fmt: skip
-LOADED = set("stylesheet icon preload modulepreload preconnect dns-prefetch manifest".split())
+LOADED = {"stylesheet", "icon", "preload", "modulepreload", "preconnect", "dns-prefetch"}
 IN_STYLES = re.compile(r"""(?:url\(\s*|@import\s+)['"]?((?:https?:)?//[^'")\s]+)""", re.IGNORECASE)
 
 
