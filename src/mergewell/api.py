@@ -8,9 +8,8 @@ these functions their place: `from mergewell import load_recipe, merge_recipe`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 from mergewell.calibration.collect import calibrate
 from mergewell.calibration.file import write_calibration
@@ -21,9 +20,8 @@ from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
 from mergewell.doctor.visit import Visit, doctor
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import ModelError
-from mergewell.evaluation.base import Goal
 from mergewell.evaluation.compared import Comparison, compare
-from mergewell.evaluation.given import Metric, given_measures, measure_of
+from mergewell.evaluation.given import Metric, given_measures
 from mergewell.evaluation.models import Models
 from mergewell.learners.base import LEARNERS, Learned, Material
 from mergewell.models.loader import ModuleSource
@@ -32,9 +30,10 @@ from mergewell.recipe import Recipe, make_recipe, read_recipe
 from mergewell.report.results import Check
 from mergewell.run import run
 from mergewell.storage.manifest import Manifest, verify_files
-from mergewell.tune.objective import Objective, Outputs, Reference, make_objective
-from mergewell.tune.search import Tuned, tune
-from mergewell.tune.space import candidates
+from mergewell.tune.given import METHODS, tune_given
+from mergewell.tune.metric import goal_of
+from mergewell.tune.objective import Outputs, Reference
+from mergewell.tune.search import Tuned
 from mergewell.verify import Verified, verify_deep
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -172,7 +171,9 @@ def learn_recipe(
     if paths or metric is None:
         material = _material(planned, source, paths, samples)[0]
     if metric is not None:
-        material = Material(source.build, _goal(metric, planned, samples), material.tasks)
+        material = Material(
+            source.build, goal_of(metric, planned, data=paths, samples=samples), material.tasks
+        )
     with one_thread_a_worker():
         return made.learn(planned.recipe, material, on_step=on_step)
 
@@ -181,11 +182,15 @@ def tune_recipe(
     recipe: RecipeLike,
     data: Paths = (),
     *,
-    methods: Sequence[str] = ("task_arithmetic", "ties", "tsv", "iso_c"),
+    methods: Sequence[str] = METHODS,
     budget: int = 10,
-    reference: Reference = "expert",
+    search: Literal["grid", "line", "optuna"] = "grid",
+    journal: str | Path | None = None,
+    engine: Literal["here", "ray"] = "here",
+    reference: Reference | None = None,
     outputs: Outputs = "logits",
     metric: Metric | None = None,
+    patience: int | None = None,
     model_factory: str | None = None,
     samples: int = 16,
     seed: int = 0,
@@ -194,26 +199,23 @@ def tune_recipe(
     """Return the recipe with the method and parameters that come nearest to a reference.
 
     Needs no labels. With a `metric`, any Python function of a module, that is what decides, and
-    data are not needed; `divergence` is then the metric's negative.
+    data are not needed, unless it is `labels`; `divergence` is then the metric's negative. What the
+    options mean: `mergewell tune --help`.
 
     Raises:
         UserError: an unknown method, or models and data that do not fit one another.
     """
-    tried = candidates(methods, budget=budget, seed=seed)
     planned, paths = plan_recipe(recipe), _paths(data)
     source = _source(planned, model_factory)
     with one_thread_a_worker():
-        if metric is not None:
-            goal = _goal(metric, planned, samples)
-            # the search asks an objective for losses, and a goal gives them
-            found = tune(
-                planned.recipe, tried, cast("Objective", goal), source.build, seed=seed,
-                on_step=on_step,
-            )  # fmt: skip
-            return _by_metric(found, goal.measures[0].metric)
-        material = _material(planned, source, paths, samples * max(1, len(paths)))[0]
-        objective = make_objective(reference, outputs, material.tasks, planned, source.build)
-        return tune(planned.recipe, tried, objective, source.build, seed=seed, on_step=on_step)
+        tasks = ()
+        if metric is None:
+            tasks = _material(planned, source, paths, samples * max(1, len(paths)))[0].tasks
+        return tune_given(
+            planned, source.build, tasks, methods=methods, budget=budget, search=search,
+            journal=journal, engine=engine, reference=reference, outputs=outputs, metric=metric,
+            data=paths, samples=samples, patience=patience, seed=seed, on_step=on_step,
+        )  # fmt: skip
 
 
 def evaluate_models(
@@ -282,20 +284,3 @@ def _source(planned: Plan, model_factory: str | None) -> ModuleSource:
     if model_factory is None and not folder.is_dir():
         raise ModelError(f"{folder} is no Hugging Face folder, so give a model_factory.")
     return ModuleSource.parse(model_factory or folder)
-
-
-def _goal(metric: Metric, planned: Plan, samples: int) -> Goal:
-    """Return a metric as what learners and the search look for."""
-    folder = planned.reference.path if planned.reference.path.is_dir() else None
-    return Goal([measure_of(metric, folder=folder, samples=samples)])
-
-
-def _by_metric(tuned: Tuned, metric: str) -> Tuned:
-    """Return what was tuned with a note that says by what, in place of the search's own."""
-    best = tuned.tried[0].divergence.value
-    note = (
-        f"Chosen among {len(tuned.tried)} candidates by the metric {metric}, whose negative "
-        f"{best:.4g} is on the samples that chose it: it flatters."
-    )
-    notes = (*tuned.recipe.notes[:-1], note)
-    return replace(tuned, recipe=tuned.recipe.model_copy(update={"notes": notes}))

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mergewell.cli.main import main
 from mergewell.descent.tasks import LearningTask
 from mergewell.errors import RecipeError
 from mergewell.plan import make_plan
-from mergewell.recipe import Recipe, make_recipe
+from mergewell.recipe import Recipe
 from mergewell.tune.objective import Reference, make_objective
 from mergewell.tune.search import Tuned, tune
 from mergewell.tune.space import Candidate, candidates
@@ -25,23 +24,6 @@ SCALES = (0.25, 0.5, 1.0, 1.5)
 
 def net() -> nn.Module:
     return nn.Linear(4, 3, bias=False)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    """A base of zeros and two experts that read different halves of the input: they add up."""
-    generator = torch.Generator().manual_seed(0)
-    save_file({"weight": torch.zeros(3, 4)}, tmp_path / "base.safetensors")
-    for place in range(2):
-        weight = torch.zeros(3, 4)
-        weight[:, 2 * place : 2 * place + 2] = torch.randn(3, 2, generator=generator)
-        save_file({"weight": weight}, tmp_path / f"{place}.safetensors")
-    return make_recipe(
-        {
-            "base": str(tmp_path / "base.safetensors"),
-            "experts": [{"path": str(tmp_path / f"{place}.safetensors")} for place in range(2)],
-        }
-    )
 
 
 def tasks(*, labels: int | None = None) -> list[LearningTask]:

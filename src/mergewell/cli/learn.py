@@ -41,6 +41,14 @@ def learn(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="A parameter of the learner.")
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to choose by, in place of accuracy: pkg.module:function of a module, or "
+            "lm-eval:TASK[@DIR].",
+        ),
+    ] = None,
     samples: Samples = 1024,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write the recipe, as YAML.")
@@ -54,13 +62,19 @@ def learn(
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
     from mergewell.flags import from_settings
-    from mergewell.learners.base import LEARNERS
+    from mergewell.learners.base import LEARNERS, Material
+    from mergewell.tune.metric import goal_of
 
     learner = from_settings(LEARNERS, name, set_ or [])
     planned, source = opened(base, expert or [], model_factory)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
-    material, used = _material(planned, source, data or [], samples)
+    material, used = Material(source.build), 0
+    if data or metric is None:
+        material, used = _material(planned, source, data or [], samples)
+    if metric is not None:
+        goal = goal_of(metric, planned, data=data or [], samples=samples)
+        material = Material(source.build, goal, material.tasks)
     with steps() as shown, one_thread_a_worker():
         learned = learner.learn(planned.recipe, material, on_step=shown.update)
     text = learned.recipe.to_yaml()

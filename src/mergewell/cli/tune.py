@@ -12,9 +12,6 @@ from mergewell.cli.explain import Base, Experts, Factory, Json, opened, print_js
 SHOWN = 10
 """Candidates that are printed."""
 
-DEFAULT = ("task_arithmetic", "ties", "tsv", "iso_c")
-"""Methods that are tried unless some are named."""
-
 
 def tune(
     base: Base = None,
@@ -27,17 +24,48 @@ def tune(
         list[str] | None, typer.Option(help="A method to try; repeat. A few if absent.")
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Candidates of each method.")] = 10,
+    search: Annotated[
+        str,
+        typer.Option(
+            help="grid: spread candidates; line: golden section, one parameter after the other; "
+            "optuna: all parameters at once, with --journal."
+        ),
+    ] = "grid",
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where Optuna keeps what it tried: goes on from there; processes share it.",
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="What to be near to: expert, ensemble, mix, or answers: mix and the own expert's "
-            "answers (as a rule; mix of features)."
+            help="What to be near to: anchored (own expert and base, as sure as each is; as a "
+            "rule), expert, ensemble, mix (of features, as a rule), answers."
         ),
     ] = None,
     outputs: Annotated[
         str, typer.Option(help="What the module gives: logits or features.")
     ] = "logits",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Judge by it and not by a reference: labels (of the data; texts by perplexity), "
+            "pkg.module:function of a module, or lm-eval:TASK[@DIR].",
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Stop once this many candidates gave nothing that can be told apart."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Inputs of each path of data.")] = 16,
+    engine: Annotated[
+        str, typer.Option(help="Where candidates are judged: here, or on a ray cluster.")
+    ] = "here",
     seed: Annotated[int, typer.Option(help="Seed of the candidates and intervals.")] = 0,
     model_factory: Factory = None,
     out: Annotated[
@@ -45,36 +73,29 @@ def tune(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Choose a method and its parameters without labels."""
+    """Choose a method and its parameters without labels, or by any metric."""
     from dataclasses import asdict
-    from typing import cast, get_args
 
     from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
-    from mergewell.errors import OutputError, RecipeError, did_you_mean
-    from mergewell.tune.objective import Outputs, Reference, make_objective
-    from mergewell.tune.search import tune as search
-    from mergewell.tune.space import candidates
+    from mergewell.errors import OutputError
+    from mergewell.tune.given import METHODS, tune_given
 
-    reference = reference or ("mix" if outputs == "features" else "answers")
-    for flag, given, known in (("reference", reference, Reference), ("outputs", outputs, Outputs)):
-        if given not in get_args(known):
-            raise RecipeError(f"--{flag} {given}: {did_you_mean(given, get_args(known))}")
-    tried = candidates(method or DEFAULT, budget=budget, seed=seed)
     planned, source = opened(base, expert or [], model_factory)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
     paths = data or []
-    material, used = _material(planned, source, paths, samples * max(1, len(paths)))
+    tasks, used = (), samples * max(1, len(paths))
+    if metric is None:
+        material, used = _material(planned, source, paths, used)
+        tasks = material.tasks
     with steps() as shown, one_thread_a_worker():
-        objective = make_objective(
-            cast("Reference", reference), cast("Outputs", outputs), material.tasks, planned,
-            source.build,
+        tuned = tune_given(
+            planned, source.build, tasks, methods=method or METHODS, budget=budget, search=search,
+            journal=journal, engine=engine, reference=reference, outputs=outputs, metric=metric,
+            data=paths, samples=samples, patience=patience, seed=seed, on_step=shown.update,
         )  # fmt: skip
-        tuned = search(
-            planned.recipe, tried, objective, source.build, seed=seed, on_step=shown.update
-        )
     text = tuned.recipe.to_yaml()
     if out is not None:
         from mergewell.report.results import write_text
@@ -88,11 +109,13 @@ def tune(
         print_json(
             {
                 "version": 1,
-                "reference": reference,
+                "reference": tuned.reference,
+                "metric": tuned.metric,
                 "outputs": outputs,
-                "samples": used,
+                "samples": used if metric is None else None,
                 "candidates": rows,
                 "regret": tuned.regret,
+                "stopped": tuned.stopped,
                 "recipe": tuned.recipe.as_data(),
             }
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,22 +18,38 @@ from torch.nn import functional
 from mergewell.descent.tasks import LearningTask, said
 from mergewell.errors import ModelError, RecipeError
 from mergewell.models.dataflow import Batch, evaluating, tensors
+from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 
-Reference = Literal["expert", "ensemble", "mix", "answers"]
-"""Each input's own expert, the uniform mean of all experts' outputs, half of each, or that half
-and half with 1 added to the loss of every answer that is not the own expert's."""
+Reference = Literal["anchored", "expert", "ensemble", "mix", "answers"]
+"""anchored: each input's own expert and the base, each as much as it is sure and not always of the
+same. expert: the own expert alone. ensemble: the uniform mean of all experts' outputs. mix: half of
+each. answers: mix, with 1 added to the loss of every answer that is not the own expert's."""
 
 Outputs = Literal["logits", "features"]
 """Logits are compared by KL in nats, features by one minus the cosine."""
+
+_LEAST = 1e-3
+"""Information of a model that always says the same, so that shares are defined."""
 
 Losses = tuple[NDArray[np.float64], ...]
 """By task: the divergence of each input, [N]."""
 
 
+class Objective(Protocol):
+    """What candidates are judged by: a reference without labels, or any metric (`Goal`)."""
+
+    def losses(self, module: nn.Module) -> Losses:
+        """Return what each input costs, [N] by task; less is better, and N is 1 for one number.
+
+        Every module gets the same inputs in the same order: candidates are compared in pairs.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """The references, made once, and what a module is held against them by."""
+class Nearness:
+    """The references, made once, and what a module is held against them by: an `Objective`."""
 
     tasks: Sequence[LearningTask]
     references: Sequence[Sequence[Tensor]]
@@ -83,18 +99,20 @@ def make_objective(
     tasks: Sequence[LearningTask],
     plan: Plan,
     factory: Callable[[], nn.Module],
-) -> Objective:
+) -> Nearness:
     """Return the objective; each expert is run once for each reference that it is part of.
 
     Labels of the tasks are not looked at.
 
     Raises:
         DataError: no task, one without inputs, or of no expert where that is the reference.
-        RecipeError: answers where outputs are features.
+        RecipeError: answers or anchored where outputs are features; anchored without a base.
         UserError: as `load_state`.
     """
-    if reference == "answers" and outputs == "features":
+    if reference in ("answers", "anchored") and outputs == "features":
         raise RecipeError("Features give no answers; make the reference expert, ensemble or mix.")
+    if reference == "anchored":
+        return Nearness(tasks, _anchored(tasks, plan, factory), outputs)
     with torch.no_grad():
         both = reference in ("mix", "answers")
         names = ("ensemble", "expert") if both else (reference,)
@@ -111,7 +129,44 @@ def make_objective(
             for batches in zip(*shaped, strict=True)
         ]
         answers = [[z.argmax(-1) for z in task] for task in made[-1]]
-    return Objective(tasks, mixed, outputs, answers if reference == "answers" else None)
+    return Nearness(tasks, mixed, outputs, answers if reference == "answers" else None)
+
+
+@torch.no_grad()
+def _anchored(
+    tasks: Sequence[LearningTask], plan: Plan, factory: Callable[[], nn.Module]
+) -> list[list[Tensor]]:
+    """Return shares of the own expert's and the base's probabilities, by task and batch.
+
+    A model's share goes with the square of the information that its answers carry on the task's
+    inputs: the entropy of its mean answer less the mean entropy of its answers. An expert no better
+    than its base is seldom much surer than it, and is then not imitated at the other tasks' cost.
+    """
+    if plan.base is None:
+        raise RecipeError(
+            "The reference anchored asks the base too; add --base PATH, or take another reference."
+        )
+    own = said("expert", tasks, plan, factory)
+    module = factory()
+    load_state(module, {name: plan.base[name] for name in plan.base})
+    found: list[list[Tensor]] = []
+    with evaluating([module]):
+        for task, logits in zip(tasks, own, strict=True):
+            expert = [each.softmax(-1) for each in logits]
+            base = [task.logits(module, batch).softmax(-1) for batch in task.batches]
+            one, two = (_information(torch.cat(each)) ** 2 for each in (expert, base))
+            share = one / (one + two)
+            found.append([torch.lerp(b, e, share) for e, b in zip(expert, base, strict=True)])
+    return found
+
+
+def _information(probabilities: Tensor) -> float:
+    """Return the mutual information between inputs and answers [N, C], in nats, never 0."""
+    return max(float(_entropy(probabilities.mean(0)) - _entropy(probabilities).mean()), _LEAST)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1)
 
 
 def _by_input(rows: Tensor, batch: Batch) -> Tensor:

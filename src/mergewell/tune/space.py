@@ -5,6 +5,7 @@ What is searched for a method is its own `search`, values worth trying by parame
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ class Candidate:
         scale = {} if self.scale is None else {"scale": self.scale}
         return {"name": self.method, **self.parameters, **scale}
 
+    @property
+    def shared(self) -> str:
+        """What candidates that share a merge have in common: all but the scale's value."""
+        named = [self.method, dict(self.parameters), self.scale is None]
+        return json.dumps(named, sort_keys=True)
+
 
 def candidates(methods: Sequence[str], *, budget: int = 10, seed: int = 0) -> list[Candidate]:
     """Return at most `budget` candidates of each method, in turns of the methods.
@@ -51,11 +58,26 @@ def candidates(methods: Sequence[str], *, budget: int = 10, seed: int = 0) -> li
     return [column[place] for place in range(budget) for column in columns if place < len(column)]
 
 
-def _of(method: str, budget: int, seed: int) -> list[Candidate]:
+def axes(method: str) -> Mapping[str, tuple[Any, ...]]:
+    """Return the values that are worth trying, by parameter.
+
+    Raises:
+        RecipeError: an unknown method, or one that needs a calibration.
+    """
     cls = METHODS.get(method)
+    if METHODS.build(method, {n: values[0] for n, values in cls.search.items()}).needs.calibration:
+        raise RecipeError(
+            f"tune: {method} is guided by a calibration, which tune does not make; name "
+            "methods of weights alone."
+        )
+    return cls.search
+
+
+def _of(method: str, budget: int, seed: int) -> list[Candidate]:
+    search = axes(method)
     generator = np.random.default_rng([seed, zlib.crc32(method.encode())])
     drawn: dict[str, list[Any]] = {}
-    for name, values in cls.search.items():
+    for name, values in search.items():
         spread = [values[place * len(values) // budget] for place in range(budget)]
         if budget > len(values):
             spread = [values[place % len(values)] for place in range(budget)]
@@ -65,11 +87,6 @@ def _of(method: str, budget: int, seed: int) -> list[Candidate]:
         picked = {name: column[place] for name, column in drawn.items()}
         scale = picked.pop("scale", None)
         candidate = Candidate(method, picked, scale)
-        if METHODS.build(method, candidate.parameters).needs.calibration:
-            raise RecipeError(
-                f"tune: {method} is guided by a calibration, which tune does not make; name "
-                "methods of weights alone."
-            )
         if candidate not in found:
             found.append(candidate)
     return found
