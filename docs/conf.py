@@ -25,10 +25,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {
-    "source_repository": "",
-    "light_css_variables": {"color-brand-primary": "#0b5fa5", "color-brand-content": "#0b5fa5"},
-    "dark_css_variables": {"color-brand-primary": "#7ab8f0", "color-brand-content": "#7ab8f0"},
-}
+html_show_copyright = False
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
+html_theme_options = {"navigation_with_keys": True}
 
 write_reference(HERE / "reference" / "generated")

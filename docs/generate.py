@@ -10,13 +10,13 @@ import inspect
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
+from typeset import escaped, paragraphs
 
 from mergewell.cli.commands import describe_method
 from mergewell.cli.main import app
@@ -25,8 +25,12 @@ from mergewell.cli.schema import recipe_schema
 from mergewell.companions.base import COMPANIONS
 from mergewell.component import Family
 from mergewell.diagnostics.base import DIAGNOSTICS
+from mergewell.gram import GramMerge
+from mergewell.kernels.base import has_form
 from mergewell.learners.base import LEARNERS
-from mergewell.methods.base import METHODS
+from mergewell.low_rank import LowRankMerge
+from mergewell.matrices import MatrixMerge
+from mergewell.methods.base import METHODS, MergeMethod
 from mergewell.recipe import Recipe
 
 QUALITY = Path(__file__).parent / "benchmarks" / "quality.json"
@@ -36,21 +40,30 @@ LAWS = {
     "single_expert": "One expert does not give itself",
     "equal_experts": "Equal experts do not give themselves",
 }
-GRANULARITY = {"row": "whole rows", "matrix": "whole matrices", "tensor": "whole tensors"}
+GRANULARITY = {"element": "blocks of any size", "row": "whole rows", "matrix": "whole matrices"}
+CALIBRATION = {
+    "gram": "a calibration made with `--gram`",
+    "gram_forward": "a calibration made for it",
+    "fisher": "a calibration made with `--fisher`",
+    "m_loss": "a calibration",
+}
 NOT_MEASURED = "not measured"
 
 
 def write_reference(folder: Path) -> None:
     """Write all pages anew."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "methods").mkdir(parents=True)
+    for part in ("methods", "commands"):
+        (folder / part).mkdir(parents=True)
     measured = Measured(json.loads(QUALITY.read_text())["benchmarks"])
     for name in METHODS.names():
         (folder / "methods" / f"{name}.md").write_text(method_page(name, measured))
+    for name, command in commands().items():
+        (folder / "commands" / f"{name}.md").write_text(command_page(name, command))
     for name, text in (
         ("methods", method_index(measured)),
-        ("commands", command_page()),
-        ("learners", family_page("Learners", LEARNERS, "`mergewell learn NAME`")),
+        ("commands", command_index()),
+        ("learners", family_page("Learners", LEARNERS, "`mergewell learn NAME`", measured)),
         ("companions", family_page("Companions", COMPANIONS, "`merge --companion NAME`")),
         ("diagnostics", family_page("Diagnostics", DIAGNOSTICS, "`mergewell check`")),
         ("recipe", recipe_page(folder)),
@@ -78,10 +91,11 @@ class Measured:
 def method_page(name: str, measured: Measured) -> str:
     """Return the page of one method."""
     cls, facts = METHODS.get(name), describe_method(name)
-    lines = [f"# {name}", "", *paragraphs(inspect.cleandoc(cls.__doc__ or "")), ""]
+    lines = [f"# {name}", "", *paragraphs(inspect.cleandoc(cls.__doc__ or ""))]
     if cls.paper.startswith("arXiv:"):
         lines += [f"[{cls.paper}](https://arxiv.org/abs/{cls.paper.removeprefix('arXiv:')})", ""]
-    lines += ["## What it needs", "", f"{needs(facts['needs']).capitalize()}.", ""]
+    lines += ["## Measured", "", *results(name, measured), ""]
+    lines += ["## How it runs", "", *(f"- {fact}" for fact in how_it_runs(cls)), ""]
     if facts["parameters"]:
         lines += ["## Parameters", "", "| parameter | type | default | |", "|---|---|---|---|"]
         for each in facts["parameters"]:
@@ -89,88 +103,173 @@ def method_page(name: str, measured: Measured) -> str:
             kind = escaped(each["type"])
             lines.append(f"| `{each['name']}` | {kind} | `{each['default']}` | {words} |")
         lines.append("")
-    lines += ["## Measured", "", *results(name, measured), ""]
+    if cls.search:
+        lines += ["`mergewell tune` tries by default:", ""]
+        lines += [f"- `{key}`: {', '.join(map(str, tried))}" for key, tried in cls.search.items()]
+        lines.append("")
     broken = [f"- {LAWS[law]}: {escaped(text)}" for law in LAWS if (text := getattr(cls.laws, law))]
     if broken:
         lines += ["## Laws that do not hold", "", *broken, ""]
     return "\n".join(lines)
 
 
+def how_it_runs(cls: type[MergeMethod]) -> Iterable[str]:
+    """Yield what a method asks of a run: models, data, pieces, passes, a compiled form."""
+    needs = cls.needs
+    models = f", {counted(needs.experts)}" if needs.experts else ""
+    yield f"Needs {'the base' if needs.base else 'no base'}{models}."
+    if needs.calibration:
+        yield f"Needs data: {' and '.join(CALIBRATION[each] for each in needs.calibration)}."
+    else:
+        yield "Needs no data: weights alone."
+    yield f"Streams in {GRANULARITY[needs.granularity]}."
+    method = cls()
+    for statistic in method.statistics():
+        passes = "one pass" if statistic.passes == 1 else f"{statistic.passes} passes"
+        yield f"Looks at the weights beforehand, in {passes}, for `{statistic.component_name()}`."
+    if has_form(method):
+        yield "Has a compiled form, bit for bit the same."
+
+
+def counted(experts: int) -> str:
+    """Return a number of experts in words."""
+    return "one expert" if experts == 1 else f"exactly {experts} experts"
+
+
+def family_of(cls: type[MergeMethod]) -> str:
+    """Return what a method works on: what a reader chooses by."""
+    if issubclass(cls, GramMerge) or set(cls.needs.calibration) - {"m_loss"}:
+        return "inputs"
+    if issubclass(cls, LowRankMerge):
+        return "adapters"
+    return "matrices" if issubclass(cls, MatrixMerge) else "entries"
+
+
 def results(name: str, measured: Measured) -> Iterable[str]:
     """Yield the table of a method's results."""
     rows = measured.of(name)
     if not any(rows):
-        yield "Not measured on real experts yet (see [the benchmark](/benchmarks/quality.md))."
+        yield "Not measured on real experts: it has been run on neither"
+        yield "[benchmark](/benchmarks/quality.md) yet."
         return
     yield "| benchmark | mean over tasks [95 %] | over tuned task arithmetic | worst task | seeds |"
     yield "|---|---|---|---|---|"
     for one, row in zip(measured.all, rows, strict=True):
         if row is None:
-            yield f"| {one['title']} | {NOT_MEASURED} | | | |"
+            yield f"| {one['title']} | {NOT_MEASURED} | – | – | – |"
             continue
         over = row["over"].get("task_arithmetic")
-        gain = f"{over[0]:+.1f} [{over[1]:+.1f}, {over[2]:+.1f}]" if over else ""
+        gain = f"{over[0]:+.1f} [{over[1]:+.1f}, {over[2]:+.1f}]" if over else "–"
+        gain = "itself" if name == "task_arithmetic" else gain
         yield (
             f"| {one['title']} | {row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}] | {gain} "
             f"| {row['worst']:.1f} ({row['worst_task']}) | {row['seeds']} |"
         )
     yield ""
-    ends = "; ".join(
-        f"{one['title']}: base {one['base']:.1f}, ensemble {one['ensemble']:.1f}, own experts "
-        f"{one['experts']:.1f}"
-        for one in measured.all
-    )
-    yield f"{ends}. How: [quality](/benchmarks/quality.md)."
+    yield "Accuracy in %, tuned with labels. For comparison:"
+    yield ""
+    for one in measured.all:
+        yield (
+            f"- {one['title']}: base {one['base']:.1f}, ensemble {one['ensemble']:.1f}, own "
+            f"experts {one['experts']:.1f}"
+        )
+    yield ""
+    yield "How it was done: [quality](/benchmarks/quality.md)."
 
 
 def method_index(measured: Measured) -> str:
-    """Return the list of all methods with both results."""
-    titles = measured.titles()
+    """Return the list of all methods with both results, those measured first by themselves."""
+    titles, names = measured.titles(), METHODS.names()
+    ran = [name for name in names if any(measured.of(name))]
+    ran.sort(key=lambda name: [-row["mean"] if row else 0.0 for row in measured.of(name)])
+    bounds = "; ".join(
+        f"{one['title']}: ensemble {one['ensemble']:.1f}, own experts {one['experts']:.1f}"
+        for one in measured.all
+    )
     lines = [
         "# Methods", "",
-        f"{len(METHODS.names())} methods. Figures: mean over tasks on real experts, tuned on equal "
-        "budgets with labels; [how](/benchmarks/quality.md).", "",
-        f"| method | | needs | {' | '.join(titles)} |", f"|---|---|---|{'---|' * len(titles)}",
+        f"{len(names)} methods. A method works on **entries**, on **matrices** (their directions), "
+        "on **adapters** (matrices of low rank), or on **inputs** (it solves for the weights from "
+        "what a calibration saw). [Learners](learners.md) find a recipe by descent instead.", "",
+        f"## The {len(ran)} measured so far", "",
+        "Mean accuracy over tasks on real experts in %, tuned on equal budgets with labels, with "
+        f"95 % intervals over test examples ([how](/benchmarks/quality.md)). {bounds}.", "",
+        f"| method | works on | data | {' | '.join(titles)} |",
+        f"|---|---|---|{'---|' * len(titles)}",
+        *(f"{row_of(name)} {' | '.join(map(with_interval, measured.of(name)))} |" for name in ran),
+        "", "## All", "",
+        f"| method | works on | data | {' | '.join(titles)} | what it does |",
+        f"|---|---|---|{'---|' * len(titles)}---|",
+        *(
+            f"{row_of(name)} {' | '.join(map(mean_alone, measured.of(name)))} "
+            f"| {escaped(METHODS.get(name).summary())} |"
+            for name in names
+        ),
     ]  # fmt: skip
-    for name in METHODS.names():
-        cells = ["" if row is None else f"{row['mean']:.1f}" for row in measured.of(name)]
-        facts = describe_method(name)
-        lines.append(
-            f"| [{name}](methods/{name}.md) | {escaped(facts['summary'])} | {needs(facts['needs'])} "
-            f"| {' | '.join(cells)} |"
-        )
     tree = ["", "```{toctree}", ":hidden:", ":glob:", "", "methods/*", "```", ""]
     return "\n".join([*lines, *tree])
 
 
-def needs(facts: dict[str, Any]) -> str:
-    """Return in words what a method needs."""
-    found = ["a base" if facts["base"] else "no base"]
-    if facts["experts"]:
-        found.append(f"{facts['experts']} experts")
-    found += [GRANULARITY[facts["granularity"]]] if facts["granularity"] in GRANULARITY else []
-    return ", ".join(found)
+def row_of(name: str) -> str:
+    """Return how a method's row begins."""
+    cls = METHODS.get(name)
+    return f"| [{name}](methods/{name}.md) | {family_of(cls)} | {data_of(cls)} |"
 
 
-def command_page() -> str:
-    """Return the page of all commands: what `--help` shows."""
+def data_of(cls: type[MergeMethod]) -> str:
+    """Return in a word what a method needs beside weights."""
+    return "inputs" if cls.needs.calibration else "none"
+
+
+def with_interval(row: dict[str, Any] | None) -> str:
+    """Return a mean with its interval."""
+    return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]" if row else NOT_MEASURED
+
+
+def mean_alone(row: dict[str, Any] | None) -> str:
+    """Return a mean."""
+    return f"{row['mean']:.1f}" if row else NOT_MEASURED
+
+
+def commands() -> dict[str, Any]:
+    """Return all commands by name, in the order of `--help`."""
+    return get_command(app).commands  # type: ignore[attr-defined] - a group of commands
+
+
+def command_page(name: str, command: Any) -> str:
+    """Return the page of one command: what `--help` shows."""
     os.environ["COLUMNS"] = "100"  # help is wrapped to the terminal
-    lines = ["# Commands", "", "What `mergewell COMMAND --help` shows.", ""]
-    for command in get_command(app).commands:  # type: ignore[attr-defined] - a group of commands
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            run_command([command, "--help"])
-        body = "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
-        lines += [f"## {command}", "", "```text", body, "```", ""]
-    return "\n".join(lines)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        run_command([name, "--help"])
+    body = "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
+    words = escaped(" ".join((command.help or "").split()))
+    return f"# {name}\n\n{words}\n\n```text\n{body}\n```\n"
 
 
-def family_page(title: str, family: Family[Any], how: str) -> str:
+def command_index() -> str:
+    """Return the list of all commands."""
+    lines = [
+        "# Commands", "",
+        "Data go to standard output, everything else to standard error. Exit code 0: done; 2: the "
+        "user's mistake, in one sentence that says where and what to do; 1: ours.", "",
+        "| command | |", "|---|---|",
+    ]  # fmt: skip
+    for name, command in commands().items():
+        words = " ".join((command.help or "").split("\n\n")[0].split())
+        lines.append(f"| [{name}](commands/{name}.md) | {escaped(words)} |")
+    tree = ["", "```{toctree}", ":hidden:", ":glob:", "", "commands/*", "```", ""]
+    return "\n".join([*lines, *tree])
+
+
+def family_page(title: str, family: Family[Any], how: str, measured: Measured | None = None) -> str:
     """Return the page of a family of components, called by `how`."""
     lines = [f"# {title}", "", f"Used by {how}.", ""]
     for name in family.names():
         cls = family.get(name)
         lines += [f"## {name}", "", *paragraphs(inspect.cleandoc(cls.__doc__ or "")), ""]
+        if measured is not None:
+            lines += [f"**Measured.** {in_a_line(name, measured)}.", ""]
         defaults = cls.model_construct().parameters()
         rows = [
             f"| `{field}` | `{defaults.get(field)}` | "
@@ -180,6 +279,12 @@ def family_page(title: str, family: Family[Any], how: str) -> str:
         if rows:
             lines += ["| parameter | default | |", "|---|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def in_a_line(name: str, measured: Measured) -> str:
+    """Return both results of a learner in a line."""
+    pairs = zip(measured.titles(), measured.of(name), strict=True)
+    return "; ".join(f"{title}: {with_interval(row)}" for title, row in pairs)
 
 
 def recipe_page(folder: Path) -> str:
@@ -197,27 +302,3 @@ def recipe_page(folder: Path) -> str:
         default = "needed" if key in schema.get("required", ()) else f"`{facts.get('default')}`"
         lines.append(f"| `{key}` | {default} | {words} |")
     return "\n".join([*lines, ""])
-
-
-def paragraphs(text: str) -> Iterable[str]:
-    """Yield a docstring as Markdown: formulas as they stand, what is a list of facts as one."""
-    for block in text.split("\n\n"):
-        whole = re.sub(r"\n(?=[A-Z][a-z]+: )", "\n\n", block)
-        for part in whole.split("\n\n"):
-            if label := re.match(r"(Papers?|Departures|Source|Raises|Shapes): ?", part):
-                rest = " ".join(part[label.end() :].split())
-                yield f"**{label[1]}.** {escaped(rest[:1].upper() + rest[1:])}"
-            elif " = " in part or "\n  " in part:
-                yield f"```text\n{part}\n```"
-            else:
-                yield escaped(" ".join(part.split()))
-            yield ""
-
-
-def escaped(text: str) -> str:
-    """Return plain text that Markdown shows as it is; `names` in backquotes stay code."""
-    pieces = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
-    return "".join(
-        piece if piece.startswith("`") else re.sub(r"([\\*_<>\[\]{}#~$])(?<!\\\|)", r"\\\1", piece)
-        for piece in pieces
-    ).replace("\\\\|", "\\|")
