@@ -47,7 +47,7 @@ CALIBRATION = {
     "fisher": "a calibration made with `--fisher`",
     "m_loss": "a calibration",
 }
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "not\N{NO-BREAK SPACE}measured"
 
 
 def write_reference(folder: Path) -> None:
@@ -159,10 +159,10 @@ def results(name: str, measured: Measured) -> Iterable[str]:
             yield f"| {one['title']} | {NOT_MEASURED} | – | – | – |"
             continue
         over = row["over"].get("task_arithmetic")
-        gain = f"{over[0]:+.1f} [{over[1]:+.1f}, {over[2]:+.1f}]" if over else "–"
+        gain = interval(*over, sign="+") if over else "–"
         gain = "itself" if name == "task_arithmetic" else gain
         yield (
-            f"| {one['title']} | {row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}] | {gain} "
+            f"| {one['title']} | {with_interval(row)} | {gain} "
             f"| {row['worst']:.1f} ({row['worst_task']}) | {row['seeds']} |"
         )
     yield ""
@@ -222,8 +222,15 @@ def data_of(cls: type[MergeMethod]) -> str:
 
 
 def with_interval(row: dict[str, Any] | None) -> str:
-    """Return a mean with its interval."""
-    return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]" if row else NOT_MEASURED
+    """Return a mean with its interval, in one line."""
+    return interval(row["mean"], row["low"], row["high"]) if row else NOT_MEASURED
+
+
+def interval(middle: float, low: float, high: float, sign: str = "") -> str:
+    """Return a number with its interval, in one line."""
+    form = f"{sign}.1f"
+    text = f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("-", "−")
 
 
 def mean_alone(row: dict[str, Any] | None) -> str:
