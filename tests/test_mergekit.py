@@ -400,7 +400,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({**_LINEAR, "basemodel": "A"}, "key 'basemodel' is not known, did you mean 'b"),
     "unknown method": ({**_LINEAR, "merge_method": "tees"}, "merge_method 'tees' is not known"),
     "no method": ({"models": _LINEAR["models"]}, "merge_method is missing"),
-    "modules": ({**_LINEAR, "modules": {"text": {}}}, "modules: merges of several modules"),
+    "modules": ({**_LINEAR, "modules": {"text": {}}}, "modules: only `default`"),
     "tokenizer": ({**_LINEAR, "tokenizer": {"sauce": "base"}}, "tokenizer: the key 'sauce' is not"),
     "chat template": ({**_LINEAR, "chat_template": "alpaca"}, "chat_template: alpaca is a templ"),
     "two tokenizers": (

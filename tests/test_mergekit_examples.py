@@ -128,6 +128,11 @@ tokenizer:
   pad_to_multiple_of: 16
 chat_template: chatml
 """,
+    "one module": """
+merge_method: linear
+modules: {default: {models: [{model: A}, {model: B}]}}
+parameters: {weight: 0.5}
+""",
     "README base": """
 merge_method: linear
 models: [{model: BASE}, {model: CHATML}]
@@ -169,12 +174,20 @@ parameters: {t: [{pattern: self_attn, value: 0.5}, {value: 0.5}]}
 """,
         "the key 'pattern' is not known",
     ),
-    "vlm-linear.yml": (
+    "modules": (
         """
 merge_method: linear
-modules: {text_decoder: {models: [{model: A}]}}
+modules: {text_decoder: {models: [{model: A}]}, vision_tower: {models: [{model: B}]}}
 """,
-        "modules: merges of several modules are not supported yet",
+        "modules: only `default`, .* but not text_decoder, vision_tower; give `models`",
+    ),
+    "modules and models": (
+        "{merge_method: linear, models: [{model: A}], modules: {default: {models: [{model: A}]}}}",
+        "not two of them",
+    ),
+    "a method in a module": (
+        "{merge_method: linear, modules: {default: {models: [{model: A}], merge_method: ties}}}",
+        "modules.default: the key 'merge_method' is not known",
     ),
     "cabs.yml": (
         """

@@ -13,6 +13,7 @@ from mergewell.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from mergewell.calibration.data import Data
+    from mergewell.models.dataflow import Batch
     from mergewell.models.loader import ModuleSource
 
 _BATCH = 16
@@ -108,7 +109,7 @@ def read_data(
     if 0 in limits:
         raise DataError(f"{samples} samples are too few for {len(paths)} experts; ask for more.")
     read = [
-        tuple(batches(load_inputs(path, model_folder=home, limit=limit), _BATCH))
+        tuple(batches(_unlabelled(load_inputs(path, model_folder=home, limit=limit)), _BATCH))
         for path, limit in zip(paths, limits, strict=True)
     ]
     cut = tuple(chain.from_iterable(read))
@@ -123,6 +124,14 @@ def read_data(
         fisher=fisher,  # pyright: ignore[reportArgumentType]
         owners=owners,
     )
+
+
+def _unlabelled(inputs: Batch) -> Batch:
+    """Return inputs without `labels`, which files for `learn` and `evaluate` hold beside them."""
+    if not isinstance(inputs, dict) or set(inputs) <= {"labels"} or "labels" not in inputs:
+        return inputs
+    rest = {name: values for name, values in inputs.items() if name != "labels"}
+    return next(iter(rest.values())) if len(rest) == 1 else rest
 
 
 def source_of(folder: Path, model_factory: str | None, *, asked_by: str) -> ModuleSource:

@@ -17,9 +17,10 @@ _KEYS = (
     "tokenizer_source", "tokenizer", "chat_template", "name", "out_path",
 )  # fmt: skip
 _REFUSED = {
-    "modules": "merges of several modules are not supported yet; give `models` or `slices`",
     "base_layer_range": "name the range as a source of the slice",
 }
+_WHOLE = "default"
+"""What mergekit calls the only module of an architecture that has one."""
 _LARGEST = 1e30  # far beyond any use, and no product of two of them overflows
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -139,6 +140,7 @@ def read_config(
     for key, reason in _REFUSED.items():
         if data.get(key) is not None:
             raise RecipeError(f"{where}: {key}: {reason}.")
+    data = _of_one_module(data, where)
     _check_keys(data, _KEYS, where)
     method = data.get("merge_method")
     if not isinstance(method, str):
@@ -160,6 +162,27 @@ def read_config(
         dtype=reader.dtype(data),
         tokenizer=tokenizer_choice(data, where=where, model=reader.model),
     )
+
+
+def _of_one_module(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a configuration whose `modules` are the only one, `default`, without that level."""
+    modules: object = data.get("modules")
+    if modules is None:
+        return data
+    if not isinstance(modules, dict) or list(cast("dict[str, Any]", modules)) != [_WHOLE]:
+        named = ", ".join(map(str, cast("dict[str, Any]", modules) if modules else ()))
+        raise RecipeError(
+            f"{where}: modules: only `{_WHOLE}`, the whole model, is supported, but not {named}; "
+            "give `models`, and a parameter by `filter` where modules differ."
+        )
+    whole: object = cast("dict[str, Any]", modules)[_WHOLE]
+    if not isinstance(whole, dict):
+        raise RecipeError(f"{where}: modules.{_WHOLE} is a mapping with `models` or `slices`.")
+    inner = cast("dict[str, Any]", whole)
+    _check_keys(inner, ("models", "slices"), f"{where}: modules.{_WHOLE}")
+    if "models" in data or "slices" in data:
+        raise RecipeError(f"{where}: give `modules`, `models` or `slices`, and not two of them.")
+    return {**{key: value for key, value in data.items() if key != "modules"}, **inner}
 
 
 @dataclass(frozen=True, slots=True)
