@@ -88,8 +88,10 @@ def fresh_inputs(family: Family, task: str) -> Part:
         known = on_text.rows(family.data, task, "test")
         order = np.random.default_rng(11).permutation(len(known))[tested : tested + INPUTS]
         parts = [on_text.examples([known[i] for i in some]) for some in (order[:16], order[16:])]
-        joined = [[one for part in parts for one in part[k]] for k in (0, 1)]
-        return Part(joined[0], joined[1])
+        return Part(
+            [one for part in parts for one in part.batches],
+            [one for part in parts for one in part.labels],
+        )
     with setting(family, "TESTED", tested + INPUTS):
         part = type(family).test(family, task)
     images = torch.cat([batch for batch in part.batches if isinstance(batch, torch.Tensor)])

@@ -88,9 +88,10 @@ def tune_given(
     shaped: Outputs = "features" if outputs == "features" else "logits"
     named: dict[str | None, Reference] = {word: word for word in _REFERENCES}
     aim = named.get(reference) or default_reference(plan, shaped)
+    named_by = None if metric is None else _name(metric)
     strategy = _strategy(
         search, methods, budget, seed, journal, 1 if engine == "here" else _AT_ONCE,
-        [plan.recipe.as_data(), str(metric), aim, shaped, samples, list(data)],
+        [plan.recipe.as_data(), named_by, aim, shaped, samples, list(data)],
     )  # fmt: skip
     objective: Objective
     if metric is not None:
@@ -99,7 +100,7 @@ def tune_given(
         objective = make_objective(aim, shaped, tasks, plan, factory)
     found = tune(
         plan.recipe, strategy, objective, factory, seed=seed, patience=patience,
-        metric=None if metric is None else _name(metric),
+        metric=named_by,
         judging=judge_here if engine == "here" else judge_on_ray, on_step=on_step,
     )  # fmt: skip
     return found if metric is not None else replace(found, reference=aim)

@@ -22,9 +22,6 @@ from mergewell.tune.trying import Judge, chosen, judge_here
 
 OnStep = Callable[[str, int, int], None]
 
-PATIENCE = 15
-"""Candidates without a gain after which a search ends."""
-
 
 Judging = Callable[[Recipe, Objective, Callable[[], nn.Module]], AbstractContextManager[Judge]]
 """Where candidates are judged: `trying.judge_here`, or `on_ray.judge_on_ray`."""
