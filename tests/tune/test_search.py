@@ -32,6 +32,12 @@ def net() -> nn.Module:
     return nn.Linear(4, 3, bias=False)
 
 
+def net_of_base() -> nn.Module:
+    module = net()
+    nn.init.zeros_(module.get_parameter("weight"))
+    return module
+
+
 @dataclass
 class Length:
     """Costs how far the weights' length is from `target`; each of 4 inputs the same."""
@@ -113,6 +119,13 @@ def test_the_anchored_reference_leans_on_who_is_sure(recipe: Recipe, tmp_path: P
         for reference in ("anchored", "expert")
     )
     assert torch.allclose(aim, own, atol=1e-5)  # the base says the same of all: it knows nothing
+    both = make_objective("anchored", "logits", [*data, LearningTask(1, [rows])], plan, net)
+    assert both.weights == pytest.approx([1, 1], abs=1e-4)
+    still = LearningTask(1, [torch.zeros(8, 4)])  # an expert that says nothing here: half and half
+    unsure = make_objective("anchored", "logits", [*data, still], plan, net)
+    assert unsure.weights == pytest.approx([4 / 3, 2 / 3], abs=1e-4)
+    double = 4 / 3 * make_objective("expert", "logits", data, plan, net).losses(net_of_base())[0]
+    assert unsure.losses(net_of_base())[0] == pytest.approx(double, rel=1e-3)
     swapped = Recipe.model_validate(
         {**recipe.as_data(), "base": recipe.experts[0].path,
          "experts": [{"path": recipe.base}, {"path": recipe.experts[1].path}]}

@@ -23,8 +23,9 @@ from mergewell.plan import Plan
 
 Reference = Literal["anchored", "expert", "ensemble", "mix", "answers"]
 """anchored: each input's own expert and the base, each as much as it is sure and not always of the
-same. expert: the own expert alone. ensemble: the uniform mean of all experts' outputs. mix: half of
-each. answers: mix, with 1 added to the loss of every answer that is not the own expert's."""
+same; a task counts as its expert's share does. expert: the own expert alone. ensemble: the uniform
+mean of all experts' outputs. mix: half of each. answers: mix, with 1 added to the loss of every
+answer that is not the own expert's."""
 
 Outputs = Literal["logits", "features"]
 """Logits are compared by KL in nats, features by one minus the cosine."""
@@ -59,6 +60,9 @@ class Nearness:
     answers: Sequence[Sequence[Tensor]] | None = None
     """By task and batch: the own expert's answers, each of which counts 1 where it is not given."""
 
+    weights: Sequence[float] | None = None
+    """By task, 1 on average: what the task counts; all alike if None."""
+
     def losses(self, module: nn.Module) -> Losses:
         """Return the divergence reference || module of every input, by task.
 
@@ -79,7 +83,8 @@ class Nearness:
                     if self.answers is not None:
                         rows = rows + (output.argmax(-1) != self.answers[place][index])
                     parts.append(_by_input(rows, batch))
-                found.append(torch.cat(parts).double().numpy())
+                weight = 1.0 if self.weights is None else self.weights[place]
+                found.append(weight * torch.cat(parts).double().numpy())
         if not all(np.isfinite(values).all() for values in found):
             raise ModelError(
                 "A candidate gives outputs that are not finite; check the experts' weights."
@@ -112,7 +117,9 @@ def make_objective(
     if reference in ("answers", "anchored") and outputs == "features":
         raise RecipeError("Features give no answers; make the reference expert, ensemble or mix.")
     if reference == "anchored":
-        return Nearness(tasks, _anchored(tasks, plan, factory), outputs)
+        references, shares = _anchored(tasks, plan, factory)
+        weights = [share * len(shares) / sum(shares) for share in shares]
+        return Nearness(tasks, references, outputs, weights=weights)
     with torch.no_grad():
         both = reference in ("mix", "answers")
         names = ("ensemble", "expert") if both else (reference,)
@@ -135,12 +142,13 @@ def make_objective(
 @torch.no_grad()
 def _anchored(
     tasks: Sequence[LearningTask], plan: Plan, factory: Callable[[], nn.Module]
-) -> list[list[Tensor]]:
-    """Return shares of the own expert's and the base's probabilities, by task and batch.
+) -> tuple[list[list[Tensor]], list[float]]:
+    """Return the own expert's and the base's probabilities mixed, and each expert's share.
 
     A model's share goes with the square of the information that its answers carry on the task's
     inputs: the entropy of its mean answer less the mean entropy of its answers. An expert no better
     than its base is seldom much surer than it, and is then not imitated at the other tasks' cost.
+    Shares are never 0.
     """
     if plan.base is None:
         raise RecipeError(
@@ -150,14 +158,16 @@ def _anchored(
     module = factory()
     load_state(module, {name: plan.base[name] for name in plan.base})
     found: list[list[Tensor]] = []
+    shares: list[float] = []
     with evaluating([module]):
         for task, logits in zip(tasks, own, strict=True):
             expert = [each.softmax(-1) for each in logits]
             base = [task.logits(module, batch).softmax(-1) for batch in task.batches]
             one, two = (_information(torch.cat(each)) ** 2 for each in (expert, base))
             share = one / (one + two)
+            shares.append(share)
             found.append([torch.lerp(b, e, share) for e, b in zip(expert, base, strict=True)])
-    return found
+    return found, shares
 
 
 def _information(probabilities: Tensor) -> float:
