@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sybil import Example, Sybil
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 
 SECONDS = 300
+OTHERS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft on transformers
 KEPT = "declare -p | grep -v '^declare -[a-zA-Z]*r' > .shell; pwd > .folder"
 
 
@@ -82,3 +84,9 @@ pytest_collect_file = Sybil(
     setup=setup,
     teardown=teardown,
 ).pytest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let pass what other libraries say of one another."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings(OTHERS))
