@@ -223,11 +223,19 @@ def test_a_lost_machine_of_a_cluster_is_made_up_for(recipe: Recipe) -> None:
 def test_what_excludes_each_other_is_said(recipe: Recipe, tmp_path: Path) -> None:
     plan = make_plan(recipe)
 
-    def given(*, search: str = "grid", engine: str = "here", journal: str | None = None) -> None:
+    def given(
+        *, search: str = "grid", engine: str = "here", journal: str | None = None,
+        reference: str | None = None, data: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         tune_given(
             plan, net, [], methods=["ties"], search=search, engine=engine, journal=journal,
-            metric=lambda module: 1.0,
+            metric=lambda module: 1.0, reference=reference, data=data,
         )  # fmt: skip
+
+    with pytest.raises(RecipeError, match="exclude each other"):
+        given(reference="mix")
+    with pytest.raises(RecipeError, match="does not look at --data"):
+        given(data=["a.npz"])
 
     with pytest.raises(RecipeError, match="add --journal FILE"):
         given(search="optuna")

@@ -14,7 +14,7 @@ from mergewell.errors import RecipeError, did_you_mean
 from mergewell.evaluation.given import Metric
 from mergewell.plan import Plan
 from mergewell.tune.journal import Journal
-from mergewell.tune.metric import goal_of
+from mergewell.tune.metric import LABELS, goal_of
 from mergewell.tune.objective import Objective, Outputs, Reference, make_objective
 from mergewell.tune.on_ray import judge_on_ray
 from mergewell.tune.search import OnStep, Tuned, tune
@@ -84,6 +84,15 @@ def tune_given(
         raise RecipeError(
             "--search line tries one candidate at a time, so --engine ray has nothing to share "
             "out; take --search grid or optuna."
+        )
+    if metric is not None and reference is not None:
+        raise RecipeError(
+            f"--reference {reference} and --metric {_name(metric)} exclude each other; drop one."
+        )
+    if metric is not None and metric != LABELS and data:
+        raise RecipeError(
+            f"--metric {_name(metric)} does not look at --data; drop --data, or judge by "
+            f"--metric {LABELS}."
         )
     shaped: Outputs = "features" if outputs == "features" else "logits"
     named: dict[str | None, Reference] = {word: word for word in _REFERENCES}
