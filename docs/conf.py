@@ -8,17 +8,19 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from generate import write_reference  # noqa: E402 - found beside this file
+from generate import gains, write_reference  # noqa: E402 - found beside this file
 
 project = "mergewell"
 author = "The mergewell authors"
 html_title = "mergewell"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "math_ml"]
 exclude_patterns = ["_build", "notebooks"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+myst_substitutions = {"gain": gains()}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+suppress_warnings = ["myst.header"]  # studies may begin at any depth
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]

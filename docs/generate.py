@@ -88,6 +88,17 @@ class Measured:
         ]
 
 
+def gains() -> dict[str, dict[str, dict[str, str]]]:
+    """Return measured gains in points, by benchmark, method and what is beaten, for the guides."""
+    return {
+        one["name"]: {
+            row["name"]: {over: interval(*gain, sign="+") for over, gain in row["over"].items()}
+            for row in one["methods"]
+        }
+        for one in json.loads(QUALITY.read_text())["benchmarks"]
+    }
+
+
 def method_page(name: str, measured: Measured) -> str:
     """Return the page of one method."""
     cls, facts = METHODS.get(name), describe_method(name)
