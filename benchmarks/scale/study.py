@@ -35,8 +35,8 @@ FIELDS = (
 NUMBERS = (2, 4, 8)
 METHODS: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]] = {
     "average": ({"name": "average"}, ()),
-    "task_arithmetic": ({"name": "task_arithmetic"}, (0.2, 0.35, 0.5, 0.7, 1.0)),
-    "ties": ({"name": "ties", "density": 0.2}, (0.3, 0.6, 1.0, 1.4)),
+    "task_arithmetic": ({"name": "task_arithmetic"}, (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)),
+    "ties": ({"name": "ties", "density": 0.2}, (0.1, 0.2, 0.3, 0.6, 1.0, 1.4)),
 }
 """What is merged by, and the scales that 64 held-out images a task choose from."""
 
@@ -49,14 +49,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mergewell/scale")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    done = {(r["width"], r["seed"], r["experts"], r["group"]) for r in rows()}
+    done = {(r["width"], r["seed"], r["experts"], r["group"], r["method"]) for r in rows()}
     for seed in range(given.seeds):
         for width in WIDTHS:
             family = Generated(given.data, given.cache, width, seed)
             for count in NUMBERS:
                 for number, group in enumerate(groups(count, seed)):
-                    if (f"{width:g}", str(seed), str(count), str(number)) not in done:
-                        write(list(measured(family, number, group)))
+                    of_it = (f"{width:g}", str(seed), str(count), str(number))
+                    left = [method for method in METHODS if (*of_it, method) not in done]
+                    if left:
+                        write(list(measured(family, number, group, left)))
 
 
 def groups(count: int, seed: int) -> list[tuple[str, ...]]:
@@ -66,7 +68,9 @@ def groups(count: int, seed: int) -> list[tuple[str, ...]]:
     return [tuple(names[i : i + count]) for i in range(0, len(names), count)]
 
 
-def measured(family: Generated, number: int, group: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measured(
+    family: Generated, number: int, group: Sequence[str], methods: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each task and method of one set of experts."""
     began = time.process_time()
     experts = {task: family.expert(task) for task in group}
@@ -83,7 +87,8 @@ def measured(family: Generated, number: int, group: Sequence[str]) -> Iterator[d
         "parameters": sum(p.numel() for p in base.parameters()), **geometry(family, experts),
     }  # fmt: skip
     module = family.module()
-    for method, (settings, scales) in METHODS.items():
+    for method in methods:
+        settings, scales = METHODS[method]
         choices = [{**settings, "scale": scale} for scale in scales] or [dict(settings)]
         best = choices[0]
         if len(choices) > 1:
