@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from language_toys import MODELS
 from safetensors.torch import save_file
 from torch import nn
 
@@ -127,3 +128,26 @@ def test_the_figure_holds_every_point_and_this_merge(folder: Path) -> None:
     drawn = scatter(told.model_copy(update={"points": ((0.5, 0.6), (0.9, 0.95), (0.9, 3.0))}))
     assert drawn.count('class="dot"') == 2  # one lies beyond the axes
     assert span(told.merges[0].mean) in drawn
+
+
+def test_a_language_model_answers_at_every_position(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = MODELS["llama"]().eval()
+
+    def factory() -> nn.Module:
+        return MODELS["llama"]().eval()
+
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    for name in NAMES[:2]:
+        moved = {k: v + 0.02 * torch.randn(v.shape) for k, v in base.state_dict().items()}
+        torch.save(moved, tmp_path / f"{name}.pt")
+    data = {"base": str(tmp_path / "base.pt"), "method": {"name": "average"}}
+    experts = [{"path": str(tmp_path / f"{name}.pt")} for name in NAMES[:2]]
+    plan = make_plan(make_recipe({**data, "experts": experts}))
+    mask = torch.ones(16, 20, dtype=torch.int64)
+    mask[::2, 12:] = 0  # padded to different lengths, and 256 answers of more are looked at
+    batch = {"input_ids": torch.randint(3, 40, (16, 20)), "attention_mask": mask}
+    tasks = own_tasks(Data(factory, [batch, {**batch}], 32, owners=[0, 1]))
+    found = predict_by_inputs(plan, NAMES[:2], tasks, factory, methods=[{"name": "average"}])
+    assert 0 <= found.best.predicted.mean.value <= 1.5
+    assert found.best.predicted.outside, "the atlas holds no language model"

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergewell.errors import DataError
 from mergewell.models.barrier import IGNORED, Head, first_output
-from mergewell.models.dataflow import Batch, evaluating
+from mergewell.models.dataflow import Batch, evaluating, tensors
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 
@@ -51,6 +52,19 @@ class LearningTask:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         fits = mask is not None and mask.shape == logits.shape[:-1]
         return logits[mask.bool()] if mask is not None and fits else logits.flatten(0, -2)
+
+
+def by_input(rows: Tensor, batch: Batch) -> Tensor:
+    """Return the mean of each input's rows, [n] or [n, C]; it has one, or one a position."""
+    count = len(tensors(batch)[0])
+    if len(rows) == count:
+        return rows
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and int(mask.sum()) == len(rows):
+        sizes = [int(size) for size in mask.sum(1)]
+    else:
+        sizes = [len(rows) // count] * count
+    return torch.stack([part.mean(0) for part in torch.split(rows, sizes)])  # pyright: ignore
 
 
 Targets = Sequence[Sequence[Tensor | None]]

@@ -270,6 +270,10 @@ def _library(name: str, purpose: str) -> Any:
             f"pip install 'mergewell[models]' {'' if name == 'transformers' else name}".rstrip()
             + "."
         ) from error
+    except RuntimeError as error:  # a part of it does not fit to another, such as torchvision
+        raise ModelError(
+            f"{name}, which {purpose} needs, is broken ({_first_line(error)}); install it again."
+        ) from error
 
 
 def _first_line(error: Exception | Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mergewell.calibration.data import Data, first_samples
-from mergewell.descent.tasks import LearningTask
+from mergewell.descent.tasks import LearningTask, by_input
 from mergewell.models.dataflow import Batch
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan, make_plan
@@ -44,8 +44,31 @@ LINEAR = {"average": None, "task_arithmetic": "scale"}
 INPUTS = 16
 """Inputs of each task that are looked at: the number that the predictor was fitted with."""
 
+ROWS = 256
+"""Answers of a task that are compared, evenly over all positions, where an input has many."""
+
 WORTH = 0.02
 """Gain in mean retention from which leaving an expert out is worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is kept of one model and task: features [N, D], answers [R, C], and these by input."""
+
+    last: Tensor
+    middle: Tensor
+    answers: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, task: LearningTask, seen: Seen) -> _Read:
+        """Read the logits; a language model has one answer a position, of which some are kept."""
+        parts = [task.read(output, b) for output, b in zip(seen.outputs, task.batches, strict=True)]
+        pooled = [by_input(part, b) for part, b in zip(parts, task.batches, strict=True)]
+        rows = torch.cat(parts)
+        if len(rows) > ROWS:
+            rows = rows[torch.linspace(0, len(rows) - 1, ROWS).long()]
+        return cls(seen.last, seen.middle, rows, torch.cat(pooled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +175,10 @@ def predict_by_inputs(
     count = 2 * len(states) + 1 + len(methods)
     done = 0
 
-    def seen(state: State, asked: Sequence[LearningTask]) -> list[Seen]:
+    def seen(state: State, asked: Sequence[LearningTask]) -> list[_Read]:
         nonlocal done
         load_state(module, state)
-        found = [look(module, task.batches) for task in asked]
+        found = [_Read.of(task, look(module, task.batches)) for task in asked]
         done += 1
         if on_step is not None:
             on_step("prediction", done, count)
@@ -163,7 +186,7 @@ def predict_by_inputs(
 
     own = [seen(state, tasks) for state in (base, *states)]
     apart = [
-        _apart(task, own[0][place], own[place + 1][place], *seen(beyond(base, state), [task]))
+        _apart(own[0][place], own[place + 1][place], *seen(beyond(base, state), [task]))
         for place, (task, state) in enumerate(zip(tasks, states, strict=True))
     ]
     merges: list[Expected] = []
@@ -178,8 +201,8 @@ def predict_by_inputs(
             numbers
             | {name: values[place] for name, values in each.items()}
             | apart[place]
-            | _answered(task, [*(one[place] for one in own), ours[place]], place)
-            for place, task in enumerate(tasks)
+            | _answered([*(one[place] for one in own), ours[place]], place)
+            for place in range(len(tasks))
         ]
         merges.append(Expected(method, shipped("unlabelled")(rows)))
     return _prediction("unlabelled", names, merges, total[:-1, :-1])
@@ -197,26 +220,18 @@ def own_tasks(data: Data, inputs: int = INPUTS) -> list[LearningTask]:
     return [LearningTask(owner, found[owner]) for owner in sorted(found)]
 
 
-def _answered(task: LearningTask, models: Sequence[Seen], place: int) -> dict[str, float]:
-    base, *experts, merged = [_logits(task, one) for one in models]
+def _answered(models: Sequence[_Read], place: int) -> dict[str, float]:
+    base, *experts, merged = [one.answers for one in models]
     return answers(base, experts, merged, expert=place) | resemblance(
-        [one.last for one in models], [one.middle for one in models], experts, expert=place
+        [one.last for one in models],
+        [one.middle for one in models],
+        [one.pooled for one in models[1:-1]],
+        expert=place,
     )
 
 
-def _apart(task: LearningTask, base: Seen, own: Seen, further: Seen) -> dict[str, float]:
-    return alone(
-        base.last,
-        own.last,
-        further.last,
-        said=_logits(task, own),
-        said_further=_logits(task, further),
-    )
-
-
-def _logits(task: LearningTask, seen: Seen) -> Tensor:
-    parts = zip(seen.outputs, task.batches, strict=True)
-    return torch.cat([task.read(output, batch) for output, batch in parts])
+def _apart(base: _Read, own: _Read, further: _Read) -> dict[str, float]:
+    return alone(base.last, own.last, further.last, said=own.answers, said_further=further.answers)
 
 
 def _prediction(

@@ -109,7 +109,7 @@ def _main_file(folder: Path) -> Path:
         parts = sorted(path.name for path in folder.iterdir() if (path / "config.json").is_file())
         raise CheckpointError(
             f"{folder} is a pipeline of several models; give one of its folders "
-            f"({', '.join(parts)}), or merge it whole with mergewell.pipeline.merge_pipeline."
+            f"({', '.join(parts)}), or merge it by a recipe whose models are all such folders."
         )
     kinds = ("*.safetensors", "*.gguf")
     others = sorted(file.name for kind in kinds for file in folder.glob(kind))

@@ -5,7 +5,7 @@ Shapes: N inputs, C classes or features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergewell.descent.tasks import LearningTask, said
+from mergewell.descent.tasks import LearningTask, by_input, said
 from mergewell.errors import ModelError, RecipeError
-from mergewell.models.dataflow import Batch, evaluating, tensors
+from mergewell.models.dataflow import evaluating
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan
 
@@ -82,7 +82,7 @@ class Nearness:
                     rows = self._rows(output, reference)
                     if self.answers is not None:
                         rows = rows + (output.argmax(-1) != self.answers[place][index])
-                    parts.append(_by_input(rows, batch))
+                    parts.append(by_input(rows, batch))
                 weight = 1.0 if self.weights is None else self.weights[place]
                 found.append(weight * torch.cat(parts).double().numpy())
         if not all(np.isfinite(values).all() for values in found):
@@ -177,16 +177,3 @@ def _information(probabilities: Tensor) -> float:
 
 def _entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1)
-
-
-def _by_input(rows: Tensor, batch: Batch) -> Tensor:
-    """Return the mean of the rows of each input, [N]; an input has one, or one a position."""
-    count = len(tensors(batch)[0])
-    if len(rows) == count:
-        return rows
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and int(mask.sum()) == len(rows):
-        sizes = [int(size) for size in mask.sum(1)]
-    else:
-        sizes = [len(rows) // count] * count
-    return torch.stack([part.mean() for part in torch.split(rows, sizes)])  # pyright: ignore
