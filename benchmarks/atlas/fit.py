@@ -270,23 +270,15 @@ def main() -> None:
 
 def write_study(of: Evidence, size: dict[str, Any], budgets: dict[str, Any]) -> None:
     """Write docs/studies/prediction.json."""
-    tuning = STUDIES / "tuning.json"
     study = {
         "version": 1, **size,
         "spearman": {name: told["tasks_out"]["merge"] for name, told in budgets.items()},
         "coverage90": {name: told["coverage"]["mean"] for name, told in budgets.items()},
         "false_alarms": {n: told["alarms"]["false_alarms"] for n, told in budgets.items()},
-        "regret": _regret(json.loads(tuning.read_text())) if tuning.exists() else None,
         "single": single(of), "gradients": gradients(of), "budgets": budgets,
     }  # fmt: skip
     text = json.dumps(study, default=float)
     (STUDIES / "prediction.json").write_text(text + "\n")
-
-
-def _regret(tuning: dict[str, Any]) -> dict[str, float]:
-    """Return the mean regret of tune's default in points, by the number of inputs."""
-    found = tuning["held_out"]["objectives"]["answers"]
-    return {inputs: one["regret"]["mean"] for inputs, one in found.items()}
 
 
 def by_family(of: Evidence, value: np.ndarray) -> dict[str, Any]:

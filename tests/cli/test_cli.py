@@ -48,11 +48,12 @@ FROZEN = {
     "restore": {"--expert", "--out", "--companion", "--json"},
     "repair": {"--data", "--out", "--kind", "--model-factory", "--samples", "--json"},
     "learn": {
-        "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json",
+        "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json", "--metric",
     },
     "tune": {
         "--base", "--expert", "--data", "--method", "--budget", "--reference", "--outputs",
-        "--samples", "--seed", "--model-factory", "--out", "--json",
+        "--samples", "--seed", "--model-factory", "--out", "--json", "--search", "--journal",
+        "--metric", "--patience", "--engine",
     },
     "partners": {
         "--base", "--expert", "--data", "--samples", "--seed", "--model-factory", "--json",
