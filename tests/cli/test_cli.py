@@ -48,7 +48,8 @@ FROZEN = {
     "restore": {"--expert", "--out", "--companion", "--json"},
     "repair": {"--data", "--out", "--kind", "--model-factory", "--samples", "--json"},
     "learn": {
-        "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out", "--json", "--metric",
+        "--base", "--expert", "--data", "--model-factory", "--set", "--samples", "--out",
+        "--json", "--metric",
     },
     "tune": {
         "--base", "--expert", "--data", "--method", "--budget", "--reference", "--outputs",
