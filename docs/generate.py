@@ -47,6 +47,7 @@ CALIBRATION = {
     "fisher": "a calibration made with `--fisher`",
     "m_loss": "a calibration",
 }
+UNITS = {"perplexity": " (perplexity, lower is better; gains in % lower)"}
 NOT_MEASURED = "not\N{NO-BREAK SPACE}measured"
 
 
@@ -75,7 +76,10 @@ class Measured:
     """What the quality benchmarks found of each method."""
 
     def __init__(self, benchmarks: Sequence[dict[str, Any]]) -> None:
-        self.all = benchmarks
+        self.all = [
+            {**one, "title": f"{one['title']}{UNITS.get(one.get('metric', ''), '')}"}
+            for one in benchmarks
+        ]
 
     def titles(self) -> list[str]:
         """Return what the benchmarks are called."""
@@ -160,8 +164,8 @@ def results(name: str, measured: Measured) -> Iterable[str]:
     """Yield the table of a method's results."""
     rows = measured.of(name)
     if not any(rows):
-        yield "Not measured on real experts: it has been run on neither"
-        yield "[benchmark](/benchmarks/quality.md) yet."
+        yield "Not measured on real experts: it has been run on none of the"
+        yield "[benchmarks](/benchmarks/quality.md) yet."
         return
     yield "| benchmark | mean over tasks [95 %] | over tuned task arithmetic | worst task | seeds |"
     yield "|---|---|---|---|---|"
@@ -177,7 +181,7 @@ def results(name: str, measured: Measured) -> Iterable[str]:
             f"| {row['worst']:.1f} ({row['worst_task']}) | {row['seeds']} |"
         )
     yield ""
-    yield "Accuracy in %, tuned with labels. For comparison:"
+    yield "Accuracy in % unless said otherwise, tuned with labels. For comparison:"
     yield ""
     for one in measured.all:
         yield (
@@ -189,7 +193,7 @@ def results(name: str, measured: Measured) -> Iterable[str]:
 
 
 def method_index(measured: Measured) -> str:
-    """Return the list of all methods with both results, those measured first by themselves."""
+    """Return the list of all methods with all results, those measured first by themselves."""
     titles, names = measured.titles(), METHODS.names()
     ran = [name for name in names if any(measured.of(name))]
     ran.sort(key=lambda name: [-row["mean"] if row else 0.0 for row in measured.of(name)])
@@ -203,8 +207,9 @@ def method_index(measured: Measured) -> str:
         "on **adapters** (matrices of low rank), or on **inputs** (it solves for the weights from "
         "what a calibration saw). [Learners](learners.md) find a recipe by descent instead.", "",
         f"## The {len(ran)} measured so far", "",
-        "Mean accuracy over tasks on real experts in %, tuned on equal budgets with labels, with "
-        f"95 % intervals over test examples ([how](/benchmarks/quality.md)). {bounds}.", "",
+        "Mean over tasks on real experts, accuracy in % unless said otherwise, tuned on equal "
+        "budgets with labels, with 95 % intervals over test examples "
+        f"([how](/benchmarks/quality.md)). {bounds}.", "",
         f"| method | works on | data | {' | '.join(titles)} |",
         f"|---|---|---|{'---|' * len(titles)}",
         *(f"{row_of(name)} {' | '.join(map(with_interval, measured.of(name)))} |" for name in ran),

@@ -76,7 +76,8 @@ def verdicts(book: Book, found: Sequence[Method]) -> list[Verdict]:
     few = [m for m in rivals if m.data != "labelled" and "unlabelled" in m.lines]
     if weights:
         best = max(weights, key=lambda m: better * m.lines["labels"].validation)
-        asked = "Does the best weights-only method beat tuned task arithmetic by 5 points or more?"
+        much = "5 points" if better > 0 else "5 % of its perplexity"
+        asked = f"Does the best weights-only method beat tuned task arithmetic by {much} or more?"
         line = best.lines["labels"]
         over = "task_arithmetic"
         answers.append(Verdict(asked, ASKED, best.name, line, over, "labels", len(weights)))
