@@ -31,8 +31,8 @@ Raw = NDArray[Any]
 """Stored elements: uint16 holds the bits of bfloat16, float32 is itself."""
 
 _SHARED = {
-    "base", "four_ops", "ops", "options", "order_ops", "product_ops", "random_ops", "rank_ops",
-    "sparse_ops", "thresholds",
+    "base", "compiler", "four_ops", "ops", "options", "order_ops", "product_ops", "random_ops",
+    "rank_ops", "sparse_ops", "thresholds",
 }  # fmt: skip
 """Files here that are nobody's form."""
 

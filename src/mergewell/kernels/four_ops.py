@@ -57,12 +57,14 @@ def elected(taus, votes, coefficients, shares, one, zero):
     a, b, c, d = votes[0] * w, votes[1] * x, votes[2] * y, votes[3] * z
     up = one if a + b + c + d >= 0 else -one
     first, second, third, fourth = a * up > 0, b * up > 0, c * up > 0, d * up > 0
-    summed = zero + coefficients[0] * (w if first else zero)
-    summed = summed + coefficients[1] * (x if second else zero)
-    summed = summed + coefficients[2] * (y if third else zero)
-    summed = summed + coefficients[3] * (z if fourth else zero)
-    divisor = (shares[0] if first else zero) + (shares[1] if second else zero)
-    divisor = divisor + (shares[2] if third else zero) + (shares[3] if fourth else zero)
+    summed = zero + coefficients[0] * w if first else zero
+    summed = summed + coefficients[1] * x if second else summed
+    summed = summed + coefficients[2] * y if third else summed
+    summed = summed + coefficients[3] * z if fourth else summed
+    divisor = shares[0] if first else zero
+    divisor = divisor + shares[1] if second else divisor
+    divisor = divisor + shares[2] if third else divisor
+    divisor = divisor + shares[3] if fourth else divisor
     return summed / (divisor if divisor != 0 else one)
 
 
@@ -99,7 +101,7 @@ def trim_and_elect(base, experts, start, stop, bounds, table, scale, out):
 @inlined
 def drawn(value, number, below, factor, zero):
     """Return a value whose random number's upper 24 bits are below a limit times `factor`, or 0."""
-    return (value if np.int32(number >> np.uint32(8)) < below else zero) * factor
+    return value * factor if np.int32(number >> np.uint32(8)) < below else zero
 
 
 @fused

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.extending import intrinsic, overload
 
-fused = njit(nogil=True, cache=True)
-inlined = njit(nogil=True, cache=True, inline="always")
+from mergewell.kernels.compiler import fused, inlined
 
 TILE = 4096
 """Elements over which sums are made in the dtype to compute in."""
