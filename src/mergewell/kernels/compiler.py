@@ -1,5 +1,5 @@
 """How loops are compiled: without Python's lock, kept on disk, and as wide as the machine is."""
-# pyright: basic
+# pyright: basic, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
