@@ -11,7 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mergewell.errors import DataError
-from mergewell.inputs import ImageFormat, batches, check_names, load_inputs
+from mergewell.inputs import (
+    ImageFormat,
+    batches,
+    batches_by_length,
+    check_names,
+    load_inputs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +210,27 @@ def test_texts_need_a_tokenizer_and_transformers(tmp_path: Path, monkeypatch) ->
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DataError, match=r"pip install 'mergewell\[models\]'"):
         load_inputs(path, model_folder=tmp_path)
+
+
+def test_texts_stand_with_others_of_their_length_and_lose_padding_none_needs() -> None:
+    lengths = [2, 5, 3, 5, 1]
+    mask = torch.tensor([[int(place < length) for place in range(6)] for length in lengths])
+    ids = torch.arange(30).view(5, 6)
+    whole = torch.arange(5)
+    cut = list(batches_by_length({"input_ids": ids, "attention_mask": mask, "whole": whole}, 2))
+    assert [batch["whole"].tolist() for batch in cut] == [[1, 3], [2, 0], [4]]  # longest first
+    assert [batch["input_ids"].shape for batch in cut] == [(2, 5), (2, 3), (1, 1)]
+    for batch in cut:  # and every token is there
+        for row, kept, number in zip(*batch.values(), strict=True):
+            assert row[kept.bool()].tolist() == ids[number, : lengths[number]].tolist()
+
+
+def test_padding_at_the_beginning_and_inputs_without_a_mask_stay() -> None:
+    ids = torch.arange(6).view(2, 3)
+    left = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    (batch,) = batches_by_length({"input_ids": ids, "attention_mask": left}, 8)
+    assert batch["input_ids"].shape == (2, 3)
+    (plain,) = batches_by_length({"input_ids": ids}, 8)
+    assert torch.equal(plain["input_ids"], ids)
+    with pytest.raises(DataError, match="at least 1"):
+        list(batches_by_length({"input_ids": ids, "attention_mask": left}, 0))

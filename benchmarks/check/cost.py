@@ -3,12 +3,15 @@
     python benchmarks/check/cost.py --experts FOLDER --texts FILE.jsonl [--samples 128] [--deep]
 
 The plain side is the K experts and the merged model, loaded beforehand, run one after the other
-under `torch.no_grad` on the batches that the check gets. The other side is the whole check: both
-passes over the weights, the merge, tracing, the walk of K + 2 models with every statistic, and the
-diagnostics; with `--deep` also once more with matrices decomposed and entries ranked. Seconds are
-of the processor (all threads of this process), torch has one thread. Every repeat runs all sides,
-one after the other; a ratio is the median over repeats of what was measured within one, so that it
-does not depend on what else the machine did meanwhile.
+under `torch.no_grad`, three times: `padded`, on texts in their order, all as long as the longest;
+`plain`, on batches in that order, each as long as its longest, as a data loader makes them; and
+`sorted`, on the batches that the check gets, of texts of like length. The other side is the whole
+check: both passes over the weights, the merge, tracing, the walk of K + 2 models with every
+statistic, and the diagnostics; with `--deep` also once more with matrices decomposed and entries
+ranked. Seconds are of the processor (all threads of this process), torch has one thread. Every
+repeat runs all sides, one after the other; a ratio is the median over repeats of what was measured
+within one, so that it does not depend on what else the machine did meanwhile; it is told for each
+of the three.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,8 +31,8 @@ import torch
 from mergewell.calibration.collect import calibrate
 from mergewell.check import Data, build_module, check
 from mergewell.flags import recipe_from_flags
-from mergewell.inputs import batches, load_inputs
-from mergewell.models.dataflow import call
+from mergewell.inputs import batches, batches_by_length, load_inputs
+from mergewell.models.dataflow import Batch, call
 from mergewell.models.loader import ModuleSource
 from mergewell.plan import make_plan
 from mergewell.run import merge_tensors
@@ -53,20 +57,28 @@ def main() -> None:
     plan = make_plan(recipe_from_flags(base=base, experts=experts, method="average", settings=[]))
     factory = ModuleSource.parse(base).build
     inputs = load_inputs(given.texts, model_folder=base, limit=given.samples)
-    cut = tuple(batches(inputs, given.batch))
+    assert not isinstance(inputs, torch.Tensor)
+    padded = tuple(batches(inputs, given.batch))
+    by_one = [tuple(batches_by_length(batch, given.batch)) for batch in padded]
+    sides = {
+        "padded": padded,
+        "plain": tuple(batch for (batch,) in by_one),
+        "sorted": tuple(batches_by_length(inputs, given.batch)),
+    }
+    cut = sides["sorted"]
     modules = [build_module(factory, expert) for expert in plan.experts]
     modules.append(build_module(factory, dict(merge_tensors(plan))))
     count = sum(len(batch["input_ids"]) for batch in cut)
     data = Data(factory, cut, count)
 
-    def plain() -> None:
+    def passes(side: Sequence[Batch]) -> None:
         with torch.no_grad():
             for module in modules:
-                for batch in cut:
+                for batch in side:
                     call(module, batch)
 
     work: dict[str, Callable[[], object]] = {
-        "plain": plain,
+        **{name: partial(passes, side) for name, side in sides.items()},
         "calibrate": lambda: calibrate(plan, data),
         "check": lambda: check(plan, experts, data=data),
     }
@@ -79,19 +91,33 @@ def main() -> None:
             function()
             seconds[name].append(time.process_time() - began)
     ratios = {
-        name: [one / other for one, other in zip(found, seconds["plain"], strict=True)]
-        for name, found in seconds.items()
+        side: {
+            name: [one / other for one, other in zip(seconds[name], seconds[side], strict=True)]
+            for name in work
+            if name not in sides
+        }
+        for side in sides
     }
     real = sum(int(batch["attention_mask"].sum()) for batch in cut)
-    tokens = cut[0]["input_ids"].shape[1]
+    tokens = padded[0]["input_ids"].shape[1]
     result = {
         "experts": len(experts),
         "samples": count,
         "tokens": tokens,
         "share_without_padding": round(real / count / tokens, 3),
+        "share_run": {
+            side: round(sum(b["input_ids"].numel() for b in found) / count / tokens, 3)
+            for side, found in sides.items()
+        },
         "seconds": {name: [round(one, 2) for one in found] for name, found in seconds.items()},
-        "ratios": {name: [round(one, 3) for one in found] for name, found in ratios.items()},
-        "ratio": {name: round(median(found), 3) for name, found in ratios.items()},
+        "ratios": {
+            side: {name: [round(one, 3) for one in found] for name, found in each.items()}
+            for side, each in ratios.items()
+        },
+        "ratio": {
+            side: {name: round(median(found), 3) for name, found in each.items()}
+            for side, each in ratios.items()
+        },
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     print(json.dumps(result, indent=2))

@@ -62,6 +62,13 @@ def test_a_check_predicts_from_weights_alone(folder: Path) -> None:
     json.dumps(found.model_dump(mode="json"), allow_nan=False)
 
 
+def test_own_inputs_come_from_all_batches_of_a_task() -> None:
+    cut = [torch.arange(4.0), torch.arange(4.0, 8), torch.arange(8.0, 12), torch.arange(12.0, 13)]
+    task, other = own_tasks(Data(net, cut, 13, owners=[0, 0, 0, 1]), 6)
+    assert torch.cat([*task.batches]).tolist() == [0, 2, 4, 6, 8, 10]  # batches may be sorted
+    assert torch.cat([*other.batches]).tolist() == [12]
+
+
 def test_inputs_of_each_task_make_it_a_choice_of_methods(folder: Path) -> None:
     data = inputs()
     tasks = own_tasks(data)

@@ -88,7 +88,7 @@ def read_data(
         DataError: the inputs cannot be read, or are neither one path nor one an expert.
     """
     from mergewell.calibration.data import Data
-    from mergewell.inputs import batches, load_inputs
+    from mergewell.inputs import load_inputs
     from mergewell.models.capture import Mode
     from mergewell.models.fisher import Likelihood
     from mergewell.storage.hub import local_path
@@ -109,7 +109,7 @@ def read_data(
     if 0 in limits:
         raise DataError(f"{samples} samples are too few for {len(paths)} experts; ask for more.")
     read = [
-        tuple(batches(_unlabelled(load_inputs(path, model_folder=home, limit=limit)), _BATCH))
+        _cut(_unlabelled(load_inputs(path, model_folder=home, limit=limit)), path)
         for path, limit in zip(paths, limits, strict=True)
     ]
     cut = tuple(chain.from_iterable(read))
@@ -124,6 +124,15 @@ def read_data(
         fisher=fisher,  # pyright: ignore[reportArgumentType]
         owners=owners,
     )
+
+
+def _cut(inputs: Batch, path: str) -> tuple[Batch, ...]:
+    """Return inputs in batches; texts, which were padded here, with others of their length."""
+    from mergewell.inputs import batches, batches_by_length
+
+    if Path(path).suffix == ".jsonl" and isinstance(inputs, Mapping):
+        return tuple(batches_by_length(inputs, _BATCH))
+    return tuple(batches(inputs, _BATCH))
 
 
 def _unlabelled(inputs: Batch) -> Batch:

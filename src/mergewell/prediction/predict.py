@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergewell.calibration.data import Data, first_samples
+from mergewell.calibration.data import Data
 from mergewell.descent.tasks import LearningTask, by_input
-from mergewell.models.dataflow import Batch
+from mergewell.models.dataflow import Batch, tensors
 from mergewell.models.loader import load_state
 from mergewell.plan import Plan, make_plan
 from mergewell.prediction.alone import alone, beyond
@@ -209,15 +209,31 @@ def predict_by_inputs(
 
 
 def own_tasks(data: Data, inputs: int = INPUTS) -> list[LearningTask]:
-    """Return the first inputs of each expert's task, in the order of the experts."""
-    found: dict[int, list[Batch]] = {}
-    room: dict[int, int] = {}
+    """Return some inputs of each expert's task, from all of its batches, in the experts' order."""
+    numbers: dict[int, list[int]] = {}
     for number, owner in enumerate(data.owners):
-        left = room.setdefault(owner, inputs)
-        if left > 0:
-            found.setdefault(owner, []).append(first_samples([data.batches[number]], left))
-            room[owner] = left - data.samples_in(number)
-    return [LearningTask(owner, found[owner]) for owner in sorted(found)]
+        numbers.setdefault(owner, []).append(number)
+    return [
+        LearningTask(owner, _evenly([data.batches[number] for number in own], inputs))
+        for owner, own in sorted(numbers.items())
+    ]
+
+
+def _evenly(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Return `count` samples at even distances, or all: batches may be sorted by length."""
+    sizes = [len(tensors(batch)[0]) for batch in batches]
+    total, first = sum(sizes), 0
+    count = min(count, total)
+    wanted = {index * total // count for index in range(count)}
+    taken: list[Batch] = []
+    for batch, size in zip(batches, sizes, strict=True):
+        rows = torch.tensor([place for place in range(size) if first + place in wanted])
+        if len(rows):
+            named = {"": batch} if isinstance(batch, Tensor) else batch
+            picked = {name: tensor[rows] for name, tensor in named.items()}
+            taken.append(picked[""] if isinstance(batch, Tensor) else picked)
+        first += size
+    return taken
 
 
 def _answered(models: Sequence[_Read], place: int) -> dict[str, float]:
