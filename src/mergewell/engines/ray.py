@@ -2,21 +2,19 @@
 
 One task writes one file of the result and is tried again elsewhere when its machine is lost; the
 results are done records in the shared folder, so nothing but names goes through Ray. The driver
-commits. Ray before 2.61 does not ask for a password by itself: set RAY_AUTH_MODE=token.
+commits.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib
-import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergewell.errors import OutputError, RecipeError, UserError
+from mergewell.engines.cluster import Cluster, cluster
 from mergewell.jobs import run_shard
 from mergewell.plan import Plan, make_plan
 from mergewell.recipe import make_recipe
@@ -24,9 +22,6 @@ from mergewell.run import OnProgress, run
 from mergewell.storage.manifest import Algorithm, Manifest
 from mergewell.storage.staging import Staging
 from mergewell.storage.writer import require_free_name
-
-_RETRIES = 4
-"""Times that the file of a lost machine is begun again."""
 
 _PATIENCE_S = 120.0
 """How long a process of a lost machine may hold on to its file."""
@@ -51,32 +46,19 @@ def run_on_ray(
         OutputError: as `run`, or a file could not be written on any machine.
         CheckpointError, PlanError, MethodError: as `run`.
     """
-    ray = _ray()
     directory = Path(out).resolve()
     require_free_name(directory)
     staging = Staging(directory)
-    lock = staging.lock()
-    try:
-        if not resume:
-            staging.clear()
-        staging.join(plan.resume_key())
-        fcntl.flock(lock, fcntl.LOCK_SH)  # jobs may come in now, other writers may not
-        began = not ray.is_initialized()
-        if began:
-            address = os.environ.get("RAY_ADDRESS")
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False if address is None else None,
-            )
+    with cluster() as machines:
+        lock = staging.lock()
         try:
-            _run_jobs(ray, plan, directory, workers or 1, algorithm, on_progress)
+            if not resume:
+                staging.clear()
+            staging.join(plan.resume_key())
+            fcntl.flock(lock, fcntl.LOCK_SH)  # jobs may come in now, other writers may not
+            _run_jobs(machines, plan, directory, workers or 1, algorithm, on_progress)
         finally:
-            if began:
-                ray.shutdown()
-    finally:
-        os.close(lock)
+            os.close(lock)
     deadline = time.monotonic() + _PATIENCE_S
     while staging.is_locked() and time.monotonic() < deadline:
         time.sleep(0.2)  # a process of a lost machine ends with it, but not at once
@@ -84,14 +66,14 @@ def run_on_ray(
 
 
 def _run_jobs(
-    ray: Any,
+    machines: Cluster,
     plan: Plan,
     directory: Path,
     workers: int,
     algorithm: Algorithm,
     on_progress: OnProgress | None,
 ) -> None:
-    task = ray.remote(num_cpus=workers, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_job)
+    task = machines.task(_job, workers=workers)
     arguments = (plan.recipe.as_data(), str(Path.cwd()), str(directory))
     count = len(plan.layouts)
     waiting = {
@@ -99,17 +81,16 @@ def _run_jobs(
         for index, layout in enumerate(plan.layouts)
     }
     while waiting:
-        (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+        ready = machines.first(list(waiting))
         layout = waiting.pop(ready)
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error from None
-        except ray.exceptions.RayError as error:
-            raise OutputError(
-                f"{directory}: {layout.file} could not be written on the cluster "
-                f"({str(error).splitlines()[0]}); see to its machines and go on with --resume."
-            ) from error
+
+        def lost(why: str, file: str = layout.file) -> str:
+            return (
+                f"{directory}: {file} could not be written on the cluster ({why}); see to its "
+                "machines and go on with --resume."
+            )
+
+        machines.result(ready, lost)
         if on_progress is not None:
             on_progress(sum(spec.nbytes for spec in layout.specs))
 
@@ -130,12 +111,3 @@ def _job(
         plan, out, index, count, commit=False, workers=workers, algorithm=algorithm,
         patience_s=_PATIENCE_S,
     )  # fmt: skip
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise RecipeError(
-            "--engine ray needs Ray, which is not installed: pip install 'mergewell[ray]'."
-        ) from error

@@ -6,8 +6,6 @@ runs, from paths that all machines see under the same names.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergewell.errors import OutputError, RecipeError, UserError
+from mergewell.engines.cluster import cluster
 from mergewell.recipe import Recipe, make_recipe
 from mergewell.tune.objective import Losses, Objective
 from mergewell.tune.space import Candidate
 from mergewell.tune.trying import Judge, by_merge, judge_here
-
-_RETRIES = 4
-"""Times that the candidates of a lost machine are begun again."""
 
 
 @contextmanager
@@ -42,19 +37,9 @@ def judge_on_ray(
         OutputError: a task was lost on every machine.
         UserError: as `trying.judge_here`.
     """
-    ray = _ray()
-    began = not ray.is_initialized()
-    if began:
-        address = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if address is None else None,
-        )
-    try:
-        task = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_job)
-        shared = ray.put((objective, factory))
+    with cluster() as machines:
+        task = machines.task(_job)
+        shared = machines.shared((objective, factory))
 
         def judge(tried: Sequence[Candidate]) -> Iterator[tuple[Candidate, Losses]]:
             grouped = groupby(by_merge(tried), key=lambda one: one.shared)
@@ -62,24 +47,16 @@ def judge_on_ray(
             arguments = (recipe.as_data(), str(Path.cwd()), shared)
             waiting = [task.remote(*arguments, group) for group in groups]
             for group, ready in zip(groups, waiting, strict=True):
-                yield from zip(group, _result(ray, ready), strict=True)
+                yield from zip(group, machines.result(ready, _lost), strict=True)
 
         yield judge
-    finally:
-        if began:
-            ray.shutdown()
 
 
-def _result(ray: Any, ready: Any) -> Sequence[Losses]:
-    try:
-        return ray.get(ready)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, UserError) else error from None
-    except ray.exceptions.RayError as error:
-        raise OutputError(
-            f"Candidates could not be judged on the cluster ({str(error).splitlines()[0]}); see to "
-            "its machines and tune again."
-        ) from error
+def _lost(why: str) -> str:
+    return (
+        f"Candidates could not be judged on the cluster ({why}); see to its machines and tune "
+        "again."
+    )
 
 
 def _job(
@@ -94,12 +71,3 @@ def _job(
     objective, factory = shared
     with judge_here(make_recipe(recipe), objective, factory) as judge:
         return [losses for _, losses in judge(group)]
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise RecipeError(
-            "--engine ray needs Ray, which is not installed: pip install 'mergewell[ray]'."
-        ) from error
