@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from mergewell.errors import DataError
 from mergewell.inputs import (
     ImageFormat,
     batches,
     batches_by_length,
-    check_names,
     load_inputs,
 )
 
@@ -128,25 +126,6 @@ def test_batches_cover_everything_in_order() -> None:
     assert [part["y"].tolist() for part in parts] == [[0, -1, -2, -3], [-4, -5, -6]]
     with pytest.raises(DataError, match="at least 1"):
         list(batches(x, 0))
-
-
-def test_names_are_held_against_the_forward_pass() -> None:
-    class Net(nn.Module):
-        def forward(self, tokens, mask=None):
-            return tokens
-
-    class Open(nn.Module):
-        def forward(self, tokens, **kwargs):
-            return tokens
-
-    x = torch.zeros(1)
-    check_names({"tokens": x, "mask": x}, Net())
-    check_names({"tokens": x, "other": x}, Open())
-    check_names(x, Net())
-    with pytest.raises(DataError, match=r"'token' .* did you mean 'tokens'"):
-        check_names({"token": x}, Net())
-    with pytest.raises(DataError, match="needs an input 'tokens'"):
-        check_names({"mask": x}, Net())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ Shapes: N samples, T tokens, H and W pixels.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor, nn
+from torch import Tensor
 
-from mergewell.errors import DataError, did_you_mean
+from mergewell.errors import DataError
 from mergewell.models.dataflow import Batch
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
@@ -144,36 +143,6 @@ def batches_by_length(inputs: Mapping[str, Tensor], size: int) -> Iterator[Batch
             name: tensor[:, :longest] if tensor.shape[1:2] == mask.shape[1:] else tensor
             for name, tensor in batch.items()
         }
-
-
-def check_names(inputs: Batch, module: nn.Module) -> None:
-    """Check that a module's forward takes inputs of these names.
-
-    Raises:
-        DataError: it does not take one of them, or needs one that is not there.
-    """
-    parameters = inspect.signature(module.forward).parameters
-    needed = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    if isinstance(inputs, Tensor):
-        needed = needed[1:]
-    elif not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for name in inputs:
-            if name not in parameters:
-                raise DataError(
-                    f"The data hold an input {name!r} that {type(module).__name__} does not take: "
-                    f"{did_you_mean(name, parameters)}"
-                )
-    for name in needed:
-        if isinstance(inputs, Tensor) or name not in inputs:
-            raise DataError(
-                f"{type(module).__name__} needs an input {name!r} that the data do not hold; "
-                "add it to the file."
-            )
 
 
 def _spread(items: Any, limit: int | None) -> list[Any]:

@@ -228,7 +228,7 @@ def test_modules_come_back_as_they_were_even_after_an_error() -> None:
     before = copy.deepcopy(net.state_dict())
     found = trace(net, x)
     measure_m_loss([net, net], found, batches=[x], merged=net)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError):
         measure_m_loss([net, net], found, batches=[torch.randn(5, 4, 6, 6)], merged=net)
     assert not any(part._forward_hooks for part in net.modules())
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

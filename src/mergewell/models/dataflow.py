@@ -6,6 +6,7 @@ and under hooks that say which module is innermost.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from mergewell.errors import DataError, did_you_mean
 
 Batch = Tensor | Mapping[str, Tensor]
 """What a module is called with: one tensor, or tensors by argument name."""
@@ -54,8 +57,60 @@ def _caching(part: nn.Module) -> list[Any]:
 
 
 def call(module: nn.Module, batch: Batch) -> Any:
-    """Call a module with one tensor, or with tensors by argument name."""
-    return module(**batch) if isinstance(batch, Mapping) else module(batch)
+    """Call a module with one tensor, or with tensors by argument name.
+
+    Raises:
+        DataError: it cannot be run on them; what it raised itself is the cause.
+    """
+    try:
+        return module(**batch) if isinstance(batch, Mapping) else module(batch)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        check_names(batch, module)
+        named = batch if isinstance(batch, Mapping) else {"one input": batch}
+        seen = ", ".join(
+            f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in named.items()
+        )
+        why = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise DataError(
+            f"{type(module).__name__} cannot be run on {seen} ({type(error).__name__}: {why}); "
+            "give inputs of the names, shapes and types that it takes."
+        ) from error
+
+
+def check_names(batch: Batch, module: nn.Module) -> None:
+    """Check that a module's forward takes inputs of these names.
+
+    Raises:
+        DataError: it does not take one of them, or needs one that is not there.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    if isinstance(batch, Tensor):
+        needed = needed[1:]
+    else:
+        main: object = getattr(module, "main_input_name", None)
+        if isinstance(main, str) and "inputs_embeds" not in batch:
+            needed = [main]  # transformers' modules say that they could do without any
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for name in batch:
+                if name not in parameters:
+                    raise DataError(
+                        f"The data hold an input {name!r} that {type(module).__name__} does not "
+                        f"take: {did_you_mean(name, parameters)}"
+                    )
+    for name in needed:
+        if isinstance(batch, Tensor) or name not in batch:
+            held = "one without a name" if isinstance(batch, Tensor) else ", ".join(batch)
+            raise DataError(
+                f"{type(module).__name__} needs an input {name!r} that the data do not hold (they "
+                f"hold {held}); add it to the file."
+            )
 
 
 def parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
