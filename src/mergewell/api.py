@@ -15,8 +15,7 @@ from mergewell.calibration.collect import calibrate
 from mergewell.calibration.file import write_calibration
 from mergewell.calibration.result import Calibration
 from mergewell.check import check, short_names
-from mergewell.cli.given import read_data
-from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
+from mergewell.cli.given import material_of, read_data
 from mergewell.doctor.visit import Visit, doctor
 from mergewell.engines.base import one_thread_a_worker
 from mergewell.errors import ModelError
@@ -169,7 +168,7 @@ def learn_recipe(
     source, paths = _source(planned, model_factory), _paths(data)
     material = Material(source.build)
     if paths or metric is None:
-        material = _material(planned, source, paths, samples)[0]
+        material = material_of(planned, source, paths, samples)[0]
     if metric is not None:
         material = Material(
             source.build, goal_of(metric, planned, data=paths, samples=samples), material.tasks
@@ -210,7 +209,7 @@ def tune_recipe(
     with one_thread_a_worker():
         tasks = ()
         if metric is None:
-            tasks = _material(planned, source, paths, samples * max(1, len(paths)))[0].tasks
+            tasks = material_of(planned, source, paths, samples * max(1, len(paths)))[0].tasks
         return tune_given(
             planned, source.build, tasks, methods=methods, budget=budget, search=search,
             journal=journal, engine=engine, reference=reference, outputs=outputs, metric=metric,

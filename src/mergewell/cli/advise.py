@@ -130,10 +130,10 @@ def _of_checkpoints(
     known = known_of(names, folders, settings)
     if not data:
         return examine(planned, names, known, on_step=shown.update)
-    from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
+    from mergewell.cli.given import material_of
 
     planned, source = opened(base, experts, model_factory)
-    material, _ = _material(planned, source, data, samples * len(data))
+    material, _ = material_of(planned, source, data, samples * len(data))
     inputs = Inputs(material.tasks, source.build)
     return examine(planned, names, known, inputs=inputs, on_step=shown.update)
 

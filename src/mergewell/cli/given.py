@@ -13,8 +13,10 @@ from mergewell.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from mergewell.calibration.data import Data
+    from mergewell.learners.base import Material
     from mergewell.models.dataflow import Batch
     from mergewell.models.loader import ModuleSource
+    from mergewell.plan import Plan
 
 _BATCH = 16
 """Samples that models are run on at a time."""
@@ -157,3 +159,50 @@ def source_of(folder: Path, model_factory: str | None, *, asked_by: str) -> Modu
             "timm:NAME), which makes the module that takes these weights."
         )
     return ModuleSource.parse(model_factory or folder)
+
+
+def material_of(
+    planned: Plan, source: ModuleSource, paths: Sequence[str], samples: int
+) -> tuple[Material, int]:
+    """Return what a learner may use, and how many samples that is.
+
+    Of several paths, one an expert, each holds inputs of that expert's task, and an equal part of
+    the samples comes from each.
+
+    Raises:
+        DataError: the inputs cannot be read, or are neither one path nor one an expert.
+    """
+    from functools import partial
+
+    from mergewell.descent.tasks import LearningTask
+    from mergewell.errors import DataError
+    from mergewell.labelled import accuracy, joined_labelled, load_labelled
+    from mergewell.learners.base import Material
+
+    count = len(planned.experts)
+    if len(paths) not in (1, count):
+        if not paths:
+            raise DataError(
+                "No inputs are named; add --data PATH (.npz, .safetensors, .jsonl, folder)."
+            )
+        raise DataError(
+            f"{len(paths)} paths of data are named for {count} experts; name one, or one for each "
+            "expert, in their order."
+        )
+    if samples < 2 * len(paths):
+        raise DataError(f"{samples} samples are too few for {count} experts; ask for more.")
+    read = [
+        load_labelled(
+            path,
+            model_folder=planned.reference.path,
+            limit=len(range(number, samples, len(paths))),
+        )
+        for number, path in enumerate(paths)
+    ]
+    tasks = [
+        LearningTask(number if len(paths) > 1 else None, each.batches, each.labels_by_batch)
+        for number, each in enumerate(read)
+    ]
+    whole = joined_labelled(read)
+    metric = None if whole.labels is None else partial(accuracy, data=whole)
+    return Material(source.build, metric, tasks), whole.samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,17 +13,9 @@ from mergewell.cli.explain import (
     Factory,
     Json,
     Samples,
-    needed_data,
     opened,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mergewell.learners.base import Material
-    from mergewell.models.loader import ModuleSource
-    from mergewell.plan import Plan
 
 
 def learn(
@@ -58,6 +50,7 @@ def learn(
     """Learn a recipe from data; print it, or write it to a file."""
     import sys
 
+    from mergewell.cli.given import material_of
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
@@ -71,7 +64,7 @@ def learn(
         raise OutputError(f"{out} exists already and nothing is overwritten; choose another name.")
     material, used = Material(source.build), 0
     if data or metric is None:
-        material, used = _material(planned, source, data or [], samples)
+        material, used = material_of(planned, source, data or [], samples)
     if metric is not None:
         goal = goal_of(metric, planned, data=data or [], samples=samples)
         material = Material(source.build, goal, material.tasks)
@@ -105,47 +98,3 @@ def learn(
     for note in learned.recipe.notes:
         print(note, file=sys.stderr)
     print(text if out is None else f"{out}: the recipe; merge it with `mergewell merge {out}`.")
-
-
-def _material(
-    planned: Plan, source: ModuleSource, paths: Sequence[str], samples: int
-) -> tuple[Material, int]:
-    """Return what a learner may use, and how many samples that is.
-
-    Of several paths, one an expert, each holds inputs of that expert's task, and an equal part of
-    the samples comes from each.
-
-    Raises:
-        DataError: the inputs cannot be read, or are neither one path nor one an expert.
-    """
-    from functools import partial
-
-    from mergewell.descent.tasks import LearningTask
-    from mergewell.errors import DataError
-    from mergewell.labelled import accuracy, joined_labelled, load_labelled
-    from mergewell.learners.base import Material
-
-    count = len(planned.experts)
-    if len(paths) not in (1, count):
-        needed_data(paths[0] if paths else None)
-        raise DataError(
-            f"{len(paths)} paths of data are named for {count} experts; name one, or one for each "
-            "expert, in their order."
-        )
-    if samples < 2 * len(paths):
-        raise DataError(f"{samples} samples are too few for {count} experts; ask for more.")
-    read = [
-        load_labelled(
-            path,
-            model_folder=planned.reference.path,
-            limit=len(range(number, samples, len(paths))),
-        )
-        for number, path in enumerate(paths)
-    ]
-    tasks = [
-        LearningTask(number if len(paths) > 1 else None, each.batches, each.labels_by_batch)
-        for number, each in enumerate(read)
-    ]
-    whole = joined_labelled(read)
-    metric = None if whole.labels is None else partial(accuracy, data=whole)
-    return Material(source.build, metric, tasks), whole.samples

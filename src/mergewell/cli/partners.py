@@ -68,7 +68,7 @@ def _measured(
     from dataclasses import asdict
 
     from mergewell.check import short_names
-    from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
+    from mergewell.cli.given import material_of
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.partners.groups import best_groups
@@ -76,7 +76,7 @@ def _measured(
     from mergewell.partners.measure import groups_to_measure, measure, pairs_of, points_of
 
     names = list(short_names(each.path for each in planned.recipe.experts))
-    material, _ = _material(planned, source, paths, samples * len(paths))
+    material, _ = material_of(planned, source, paths, samples * len(paths))
     with steps() as shown, one_thread_a_worker():
         kept = measure(
             planned.recipe, groups_to_measure(len(names), seed=seed), material.tasks, source.build,

@@ -76,7 +76,7 @@ def tune(
     """Choose a method and its parameters without labels, or by any metric."""
     from dataclasses import asdict
 
-    from mergewell.cli.learn import _material  # pyright: ignore[reportPrivateUsage]
+    from mergewell.cli.given import material_of
     from mergewell.cli.progress import steps
     from mergewell.engines.base import one_thread_a_worker
     from mergewell.errors import OutputError
@@ -88,7 +88,7 @@ def tune(
     paths = data or []
     tasks, used = (), samples * max(1, len(paths))
     if metric is None:
-        material, used = _material(planned, source, paths, used)
+        material, used = material_of(planned, source, paths, used)
         tasks = material.tasks
     with steps() as shown, one_thread_a_worker():
         tuned = tune_given(

@@ -26,7 +26,7 @@ class Models(Mapping[str, nn.Module]):
         under = open_model(base, ()) if base is not None else None
         self._opened = {name: open_model(path, (), base=under) for name, path in paths.items()}
         self._factory = model_factory
-        self._base = [Path(base)] if base is not None else []
+        self._base = [under.path] if under is not None else []
 
     @property
     def folder(self) -> Path | None:
