@@ -17,6 +17,8 @@ _QUARTILES = ImportanceQuartiles()
 class ArceeFusion(MergeMethod):
     """Take over the changes of one expert that matter, keep the base elsewhere.
 
+    theta = theta_0 + [I >= median + spread (q_3 - q_1)] tau, with I the importance of each change.
+
     A change's importance is its size times the divergence of its row's softmax before and after;
     changes are taken over whose importance reaches median + spread * (third - first quartile).
 

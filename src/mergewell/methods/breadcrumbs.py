@@ -24,6 +24,8 @@ def _needs(method: Breadcrumbs) -> Needs:
 class Breadcrumbs(ops.SparseMerge):
     """Drop the largest and the smallest task-vector entries, add the rest or elect.
 
+    theta = theta_0 + scale combine_k(c_k m_k tau_k), m_k a mask on the magnitudes of tau_k.
+
     Of n entries the floor(gamma n) largest go, then all but the next floor(density n).
 
     Paper: Davari and Belilovsky 2024, "Model Breadcrumbs", arXiv:2312.06795, section 3.

@@ -17,6 +17,8 @@ from mergewell.statistics.ops import rows_of
 class Cabs(MergeMethod):
     """Give each expert entries of its own: the n largest of every m that are still free.
 
+    theta = theta_0 + scale sum_k c_k m_k tau_k, the masks m_1, m_2, ... without a common entry.
+
     In the order of the experts: of every m entries in a row the n largest changes are kept, and
     they are taken from the experts that follow; then the changes are added up.
 

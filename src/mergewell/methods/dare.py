@@ -16,6 +16,8 @@ from mergewell.statistics.kept_norm import KeptNorm
 class Dare(ops.SparseMerge):
     """Drop task-vector entries at random, rescale the rest, and add or elect.
 
+    theta = theta_0 + scale combine_k(c_k m_k tau_k / p), m_k = 1 with probability p, the density.
+
     Paper: Yu et al. 2024, "Language models are super Mario", arXiv:2311.03099, section 3.
     Departures: `density` is the fraction kept, 1 - p in the paper. The masks depend on the seed,
     the tensor's name, the expert's place and the entry's position alone, so they are the same for

@@ -19,6 +19,8 @@ Epsilon = Annotated[float, Field(ge=0, lt=0.5)]
 class Della(ops.SparseMerge):
     """Drop task-vector entries at random, small ones more often; rescale, add or elect.
 
+    theta = theta_0 + scale combine_k(c_k m_k tau_k / p_k), m_k = 1 with probability p_k.
+
     In each row the probability to be kept rises with the magnitude's rank, linearly, from
     density - epsilon for the smallest to density + epsilon for the largest.
 

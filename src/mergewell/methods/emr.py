@@ -15,6 +15,8 @@ from mergewell.methods.base import Laws, MergeMethod, Needs, TensorGroup
 class Emr(MergeMethod):
     """Elect a sign for each entry and take the largest change that has it.
 
+    s = sign(sum_k c_k tau_k); theta = theta_0 + scale s max_k {|c_k tau_k| : sign(c_k tau_k) = s}.
+
     The unified task vector: every expert's changes of the elected sign are covered by it.
 
     Paper: Huang et al. 2024, "EMR-Merging", arXiv:2405.17461, section 3.2 (elect).

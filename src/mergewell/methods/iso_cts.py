@@ -16,6 +16,8 @@ from mergewell.methods.base import Laws, Probability
 class IsoCts(SpectralMerge):
     """Iso-C with some of the directions given to what is each expert's own (Iso-CTS).
 
+    theta = theta_0 + scale mean(S) polar(U_common, U_own) polar(V_common, V_own)'.
+
     The k longest directions U_k of the sum are common. What each task matrix has outside of them,
     M - U_k U_k' M, adds its (r - k) / K longest. All are made orthogonal by their polar factor and
     get one length, the mean of their singular values.

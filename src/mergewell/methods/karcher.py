@@ -18,6 +18,8 @@ _PRODUCTS = InnerProducts(of="experts")
 class Karcher(MergeMethod):
     """Average the experts' directions on the sphere, step by step, and their lengths.
 
+    theta = (sum_k w_k |theta_k|) u, with u such that sum_k w_k log_u(theta_k / |theta_k|) = 0.
+
     The order-free form of slerp for any number of experts, tensor by tensor.
 
     Paper: Karcher 1977, "Riemannian center of mass and mollifier smoothing", CPAM 30, section 1.

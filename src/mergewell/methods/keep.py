@@ -13,6 +13,8 @@ from mergewell.methods.base import Laws, MergeMethod, TensorGroup
 class Keep(MergeMethod):
     """Keep one model's tensor as it is; for rules such as `classifier.*`.
 
+    theta = theta_m, m = 0 the base, 1 the first expert.
+
     Paper: none.
     Departures: none.
     """

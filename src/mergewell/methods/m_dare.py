@@ -15,6 +15,8 @@ from mergewell.methods.base import Laws, TensorGroup
 class MDare(ops.GuidedMerge):
     """DARE with rows trimmed by their M-Loss where a calibration measured them.
 
+    As `dare`; in a row of M-Loss L, m_k = 1 for the largest d(L) of its entries.
+
     Weights whose nodes were measured keep the largest entries of each row, as `m_ties` does; of
     all other tensors entries are dropped at random. Then a sign is elected and what agrees is
     averaged. Needs `calibration: FILE` in the recipe.

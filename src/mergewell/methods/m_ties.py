@@ -15,6 +15,8 @@ from mergewell.statistics.magnitude import MagnitudeThreshold
 class MTies(ops.GuidedMerge):
     """TIES whose rows are trimmed by their M-Loss: nodes that merge badly keep fewer entries.
 
+    As `ties`; in a row of M-Loss L, m_k = 1 for the largest d(L) of its entries.
+
     Weights whose nodes a calibration measured are trimmed row by row, all other tensors as a whole;
     then a sign is elected for each entry and the task vectors that agree are averaged. Needs
     `calibration: FILE` in the recipe.

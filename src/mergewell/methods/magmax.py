@@ -14,6 +14,8 @@ from mergewell.methods.base import Laws, MergeMethod, Needs, TensorGroup
 class Magmax(MergeMethod):
     """Keep, entry by entry, the largest change of any expert.
 
+    theta = theta_0 + scale c_j tau_j, j = argmax_k |c_k tau_k| for each entry.
+
     Paper: Marczak et al. 2024, "MagMax", arXiv:2407.06322, section 4.
     Departures: of equal magnitudes the first expert's is kept. Coefficients multiply the task
     vectors before they are compared.

@@ -19,6 +19,8 @@ def _needs(method: Multislerp) -> Needs:
 class Multislerp(MergeMethod):
     """Average directions on the sphere and lengths on the line, of experts or task vectors.
 
+    theta = (sum_k w_k |theta_k|) u, u the mean direction: sum_k w_k log_u(theta_k / |theta_k|) = 0.
+
     For two experts with equal coefficients this is the middle of the arc, at their mean length.
 
     Paper: Buss and Fillmore 2001, "Spherical averages", ACM TOG 20(2), sections 2 and 3.

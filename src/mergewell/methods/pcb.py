@@ -16,6 +16,8 @@ from mergewell.statistics.competition import CompetitionThresholds, clamped, com
 class Pcb(MergeMethod):
     """Let changes compete: weigh each by its size and its agreement, drop those that lose.
 
+    theta = theta_0 + scale sum_k w_k c_k tau_k / sum_k w_k, entry by entry.
+
     Score: exp(K m^2) tanh(tau_k sum tau), m the magnitude scaled to [0, 1] between its limits.
     The scores above the quantile 1 - density, scaled to [0, 1], weigh the changes.
 

@@ -16,6 +16,8 @@ from mergewell.statistics.overlap import Overlap, changed
 class Ram(MergeMethod):
     """Add up what one expert alone changed, average what several changed (RAM and RAM+).
 
+    theta = theta_0 + sum_k c_k f_k tau_k / n, n experts changed the entry; f_k = 1 unless n = 1.
+
     An entry counts as changed where |tau| > epsilon. RAM+ multiplies an expert's own entries by
     1 + r * min(alpha, shared / own), the ratio of how many of its entries are shared and its own.
 

@@ -17,6 +17,8 @@ from mergewell.methods.base import Laws
 class SaMerging(MatrixMerge):
     """Keep the entries of task vectors that strengthen a layer with the others (SA-Merging).
 
+    theta = theta_0 + scale sum_k m_k tau_k, m_k a mask on the saliencies.
+
     The connectivity of expert k is the sum of |theta_0 + tau_k|; the saliency of an entry is its
     derivative, sign(theta_0 + tau_k), times sum_j tau_j. The lowest are dropped, in several
     rounds, and what is left of the task vectors tau_k is added up.

@@ -18,6 +18,8 @@ from mergewell.statistics.selected_energy import SelectedEnergy
 class Sce(MergeMethod):
     """Select where experts differ, weigh them by how much they changed, erase minority signs.
 
+    theta = theta_0 + scale mean_k(w_k tau_k) over those that agree, w_k = E_k / sum_j E_j.
+
     Of the entries that vary, the floor(density * number) with the largest variance over the
     experts are kept; an expert's weight is the mean square of its kept changes.
 

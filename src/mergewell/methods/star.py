@@ -16,6 +16,8 @@ from mergewell.methods.base import Fraction, Laws
 class Star(SpectralMerge):
     """Cut task matrices down to leading directions, restore their size, and average (STAR).
 
+    theta = theta_0 + scale mean_k(U_k S_k V_k' sum(all S_k) / sum(kept S_k)).
+
     Of each c_k (theta_k - theta_0) as few directions are kept as hold the share `keep` of the sum
     of its singular values; these are scaled up so that the sum is what it was.
 

@@ -15,6 +15,8 @@ from mergewell.methods.base import Laws, Probability
 class SubspaceBoosting(RefinedMerge):
     """Raise the short directions of another method's result to the length of a longer one.
 
+    theta = theta_0 + scale U max(S, s_beta) V'.
+
     The result of `of`, less the base, is U S V'. The first singular value at which the running sum
     reaches the share `beta` of the whole sum is the least that any direction gets.
 

@@ -15,6 +15,9 @@ from mergewell.statistics.magnitude import MagnitudeNorms, MagnitudeThreshold
 class Ties(ops.SparseMerge):
     """Trim small changes, elect one sign for each entry, average the task vectors that agree.
 
+    m_k keeps the largest; s = sign(sum_k m_k tau_k);
+    theta = theta_0 + scale mean_k {c_k m_k tau_k : sign(m_k tau_k) = s}.
+
     Paper: Yadav et al. 2023, "TIES-Merging", arXiv:2306.01708, section 4, algorithm 1.
     Departures: exactly floor(density * size) entries are kept, equal magnitudes from the front of
     the tensor, where the paper's code keeps all that tie; a draw elects plus, where the paper's
