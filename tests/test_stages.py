@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,14 @@ def test_an_adapter_on_a_model_of_its_own(toys: dict[str, str], tmp_path: Path) 
         {"experts": [{"path": f"{toys['e0']}+{one}"}], "method": {"name": "keep", "model": 1}}
     )
     assert torch.equal(dict(merge_tensors(make_plan(kept)))[WEIGHT], (due - 2).bfloat16())
+
+
+def test_a_place_that_is_too_small_for_a_stage_is_named(
+    toys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_plan(make_recipe(staged(toys))).warnings == ()
+    usage = type(shutil.disk_usage("/"))(10**12, 10**12, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    (warning,) = make_plan(make_recipe(staged(toys))).warnings
+    assert warning.startswith("stage half: 0.0 GB are to lie in ")
+    assert warning.endswith("which has 0.0 GB free; let TMPDIR name a larger disk.")

@@ -6,7 +6,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from threading import Lock
 from typing import Any
 
@@ -58,8 +58,15 @@ class StageCheckpoint(Checkpoint):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What planning the stage warned of."""
-        return tuple(f"stage {self.path}: {warning}" for warning in self._plan.warnings)
+        """What planning the stage warned of, and whether its place is too small."""
+        found = list(self._plan.warnings)
+        size, place = sum(spec.nbytes for spec in self.specs.values()), gettempdir()
+        if size > (free := shutil.disk_usage(place).free):
+            found.append(
+                f"{size / 1e9:.1f} GB are to lie in {place} for a while, which has "
+                f"{free / 1e9:.1f} GB free; let TMPDIR name a larger disk."
+            )
+        return tuple(f"stage {self.path}: {warning}" for warning in found)
 
     def weight_files(self) -> tuple[WeightFile, ...]:
         """Return the opened files of the stage's own models."""
