@@ -331,12 +331,16 @@ def test_a_joint_model_is_one_for_transformers(tmp_path: Path) -> None:
     for folder, added in [(base, ()), (expert, ("<|im_start|>", "<|im_end|>"))]:
         (folder / "tokenizer.json").write_text(words(texts, added))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        listed = {"additional_special_tokens": [*added[1:]]} if added else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | listed))
     recipe = recipe_of([str(base), str(expert)], tokenizer={"source": "union"})
     run(make_plan(recipe), tmp_path / "out")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     given = tokenizer("w3 <|im_end|> w4", return_tensors="pt")["input_ids"]
     assert given.tolist() == [[3, WORDS + 1, 4]]
+    # what no model lists as special is none by name, but is left out of texts all the same
+    assert {*tokenizer.all_special_tokens} == {"w2", "<|im_end|>"}
+    assert tokenizer.decode([3, WORDS, WORDS + 1], skip_special_tokens=True) == "w3"
     result = loaded("qwen2 tied", tmp_path / "out")
     table = load_file(tmp_path / "out/model.safetensors")[TABLE]
     assert torch.equal(table, module.state_dict()[TABLE])

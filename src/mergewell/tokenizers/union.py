@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from mergewell.errors import PlanError
 from mergewell.storage.strict_json import read_object
-from mergewell.tokenizers.vocabulary import FAST, SETTINGS, Vocabulary
+from mergewell.tokenizers.vocabulary import EXTRA, FAST, SETTINGS, Vocabulary
 
 _OUTDATED = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model",
              "spiece.model")  # fmt: skip
@@ -77,9 +77,9 @@ def join(reference: Vocabulary, others: Sequence[tuple[Path, Vocabulary]]) -> Un
         entries |= {token: {"special": False} for token in plain}
     added = [{**_ENTRY, **entry, "content": t, "id": numbers[t]} for t, entry in entries.items()]
     data["added_tokens"] = [*(data.get("added_tokens") or []), *sorted(added, key=_number)]
-    return Union(
-        numbers, files | {fast: _text(data)} | _settings(reference, added), tuple(warnings)
-    )
+    extra = [t for _, other in others for t in other.extra if t in entries]
+    settings = _settings(reference, added, [*dict.fromkeys(extra)])
+    return Union(numbers, files | {fast: _text(data)} | settings, tuple(warnings))
 
 
 _ENTRY = {
@@ -92,16 +92,26 @@ def _number(entry: Mapping[str, Any]) -> int:
     return entry["id"]
 
 
-def _settings(reference: Vocabulary, added: Sequence[Mapping[str, Any]]) -> dict[Path, bytes]:
-    """Return tokenizer_config.json with the new tokens, where it lists such tokens at all."""
+def _settings(
+    reference: Vocabulary, added: Sequence[Mapping[str, Any]], extra: Sequence[str]
+) -> dict[Path, bytes]:
+    """Return tokenizer_config.json with the new tokens, where it lists such tokens at all.
+
+    Those in `extra` were listed as special by another model, and are in the result.
+    """
     path = reference.file(SETTINGS)
     data = read_object(path, remedy="download the tokenizer again") if path is not None else {}
     known: object = data.get("added_tokens_decoder")
-    if path is None or not isinstance(known, dict):
+    if path is None or not (isinstance(known, dict) or extra):
         return {}
-    for entry in added:
-        about = {key: value for key, value in entry.items() if key != "id"}
-        cast("dict[str, Any]", known)[str(entry["id"])] = about
+    if isinstance(known, dict):
+        for entry in added:
+            about = {key: value for key, value in entry.items() if key != "id"}
+            cast("dict[str, Any]", known)[str(entry["id"])] = about
+    if extra:
+        # the older name, which all versions read, unless the file has the other
+        key = next((key for key in EXTRA if isinstance(data.get(key), list)), EXTRA[-1])
+        data[key] = [*(data.get(key) or []), *extra]
     return {path: _text(data)}
 
 

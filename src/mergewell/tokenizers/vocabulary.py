@@ -43,6 +43,9 @@ class Vocabulary:
     special: Mapping[str, str] = field(default_factory=dict[str, str])
     """Tokens with a part to play, such as `eos_token`, by that part."""
 
+    extra: tuple[str, ...] = ()
+    """Tokens that the settings list as special beside those."""
+
     @property
     def rows(self) -> int:
         """One more than the largest number."""
@@ -107,7 +110,24 @@ def read_vocabulary(
         added=added,
         template=template if isinstance(template, str) else None,
         special=_special(settings),
+        extra=tuple(extra_of(settings)),
     )
+
+
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
+"""What transformers calls the list of further special tokens, from version 5 on and before."""
+
+
+def extra_of(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the further special tokens that a tokenizer's settings list."""
+    for key in EXTRA:
+        found: object = settings.get(key)
+        for entry in cast("list[object]", found) if isinstance(found, list) else ():
+            token = (
+                cast("dict[str, Any]", entry).get("content") if isinstance(entry, dict) else entry
+            )
+            if isinstance(token, str):
+                yield token
 
 
 def _fast(path: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
